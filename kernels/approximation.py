@@ -1,0 +1,367 @@
+"""The vocabulary: what attention is asked to compute, and what an approximation of it is.
+
+    o_i = n_i / z_i    n_i = sum over near(i) of e^{s_ij} v_j  +  sum over far(i) of e^{q_i.k_c + b_c} u_c
+                       z_i = sum over near(i) of e^{s_ij}      +  sum over far(i) of e^{q_i.k_c + b_c} w_c
+
+The near field is exact softmax over the keys that a `Selector` chose; the far field is a set of
+slots (pseudo-keys) that a `Compressor` made of keys that the near field left out. An
+`Approximation` is a selector, with or without a compressor.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.tile_list import BLOCK, TileList
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one causal attention call; query row r stands at position keys - queries + r."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
+            )
+        if self.queries > self.keys:
+            raise ValueError(f"more queries than keys: {self.queries} and {self.keys}")
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def causal_pairs(self) -> int:
+        """Query-key pairs of dense causal attention of one head of one sequence."""
+        first = self.keys - self.queries
+        return self.queries * first + self.queries * (self.queries + 1) // 2
+
+    @property
+    def dense_macs(self) -> float:
+        """Multiply-adds of dense causal attention of one head of one sequence."""
+        return float(self.causal_pairs * 2 * self.head_dim)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of one head of one sequence; they predict, benchmarks measure.
+
+    Attributes:
+        attention: scores and weighted values, over keys and slots.
+        selection: whatever it takes to choose the keys or to make the slots.
+    """
+
+    attention: float
+    selection: float = 0.0
+
+    @property
+    def macs(self) -> float:
+        return self.attention + self.selection
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.attention + other.attention, self.selection + other.selection)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one layer's queries and keys on calibration text, after RoPE.
+
+    Attributes:
+        query_mean: [heads, head_dim].
+        query_gram: [heads, head_dim, head_dim], mean of q q^T (not centred).
+        key_mean: [kv_heads, head_dim].
+        key_gram: [kv_heads, head_dim, head_dim].
+    """
+
+    query_mean: Tensor
+    query_gram: Tensor
+    key_mean: Tensor
+    key_gram: Tensor
+
+
+Fitted = Mapping[str, Tensor]
+"""Data that methods were fitted with, for one layer: 'method.tensor' to a tensor whose first
+dimension is heads or kv_heads of the whole layer."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One attention call, for some heads of a layer.
+
+    Attributes:
+        query: [batch, heads, queries, head_dim], after RoPE.
+        key: [batch, kv_heads, keys, head_dim], of all kv heads of the layer.
+        value: [batch, kv_heads, keys, value_dim].
+        scale: factor before the softmax.
+        head: for each head of `query`, its index in the layer.
+        start: for each batch row, the first key that is no left padding.
+        fitted: calibrated data of the layer.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    head: tuple[int, ...]
+    group: int
+    start: tuple[int, ...]
+    fitted: Fitted = field(default_factory=dict)
+
+    @classmethod
+    def of_layer(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        start: tuple[int, ...] | None = None,
+        fitted: Fitted | None = None,
+    ) -> Self:
+        batch, heads = query.shape[:2]
+        return cls(
+            query,
+            key,
+            value,
+            scale,
+            tuple(range(heads)),
+            heads // key.shape[1],
+            start or (0,) * batch,
+            fitted or {},
+        )
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Sizes of the call; `heads` counts the heads at hand, rounded up to whole groups."""
+        batch, _, queries, head_dim = self.query.shape
+        kv_heads, keys = self.key.shape[1:3]
+        return AttentionShape(batch, kv_heads * self.group, kv_heads, queries, keys, head_dim)
+
+    @property
+    def kv_head(self) -> tuple[int, ...]:
+        return tuple(h // self.group for h in self.head)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.query.shape[2] // BLOCK)
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    def fitted_tensor(self, name: str) -> Tensor:
+        """Calibrated data `name` of the whole layer.
+
+        Raises:
+            ValueError: nobody fitted it.
+        """
+        if name not in self.fitted:
+            raise ValueError(
+                f"no fitted data {name!r}: run `attnplan profile`, or keep the plan's .safetensors "
+                "file beside it"
+            )
+        return self.fitted[name].to(self.query.device)
+
+    def heads(self, index: tuple[int, ...]) -> Inputs:
+        """The same call for the heads at `index` of `query`."""
+        if index == tuple(range(len(self.head))):
+            return self
+        return Inputs(
+            self.query[:, list(index)],
+            self.key,
+            self.value,
+            self.scale,
+            tuple(self.head[i] for i in index),
+            self.group,
+            self.start,
+            self.fitted,
+        )
+
+    def rows(self, blocks: Tensor) -> Tensor:
+        """The queries of some blocks, [batch, heads, len(blocks) * 64, head_dim], zero-padded."""
+        query = torch.nn.functional.pad(
+            self.query, (0, 0, 0, self.blocks * BLOCK - self.query.shape[2])
+        )
+        batch, heads, _, head_dim = query.shape
+        query = query.view(batch, heads, self.blocks, BLOCK, head_dim)
+        return query[:, :, blocks].reshape(batch, heads, -1, head_dim)
+
+    def positions(self, blocks: Tensor) -> Tensor:
+        """Position of every query of some blocks, int64 [len(blocks), 64]; -1 past the last."""
+        row = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
+        return torch.where(row < self.query.shape[2], row + self.offset, -1)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Pseudo-keys of the heads that have a far field.
+
+    A slot adds e^{scale q.k + log_weight} * weight to a query's mass and e^{...} * value to its
+    numerator. `weight` may be negative; `value` is not normalised.
+
+    Attributes:
+        key: [batch, slot_heads, slots, head_dim]; `slots` is a multiple of 64.
+        log_weight: float32 [batch, slot_heads, slots]; -inf for an empty slot.
+        weight: float32 [batch, slot_heads, slots].
+        value: [batch, slot_heads, slots, value_dim].
+        head: int32 [heads], the row of `key` that a head reads, -1 for none.
+    """
+
+    key: Tensor
+    log_weight: Tensor
+    weight: Tensor
+    value: Tensor
+    head: Tensor
+
+
+class Selector(ABC):
+    """Chooses the near field. Subclasses are frozen dataclasses whose fields are the knobs."""
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "sparse"
+    static: ClassVar[bool] = False
+    """The tile list depends on shapes alone: it is built once and costs nothing online."""
+    far_compatible: ClassVar[bool] = False
+    """`floor` is honoured: a compressor may stand in for the keys before it."""
+    predictor: ClassVar[str]
+    """The profile statistic that should predict this method's error, for reports."""
+
+    @classmethod
+    @abstractmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        """The settings worth trying at this shape."""
+
+    @abstractmethod
+    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
+        """The tiles that the query blocks `blocks` (int64 [n], indices) read.
+
+        Args:
+            inputs: the call.
+            blocks: which blocks of 64 query rows to answer for.
+            floor: int64 [batch, n] or None. Keys from `floor` up to the query must all be kept,
+                because the far field ends there.
+        """
+
+    @abstractmethod
+    def keep(self, inputs: Inputs) -> Tensor:
+        """The definition: bool [batch, heads, queries, keys], true where a pair is computed.
+
+        Plain torch over an N x N mask, at the precision of the inputs: the oracle for `near`.
+        """
+
+    @abstractmethod
+    def cost(self, shape: AttentionShape) -> Cost:
+        """Multiply-adds of one head of one sequence without a far field."""
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        """Calibrated data of one layer, 'name.tensor' to tensor; most methods need none."""
+        return {}
+
+
+class Compressor(ABC):
+    """Makes the far field. Subclasses are frozen dataclasses whose fields are the knobs."""
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "low-rank"
+    predictor: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        """The settings worth trying at this shape."""
+
+    @abstractmethod
+    def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
+        """Where the far field of each query block ends, int64 [batch, len(blocks)].
+
+        At least `window` keys before the block's first query stay near.
+        """
+
+    @abstractmethod
+    def far(self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int) -> tuple[
+        Slots, TileList
+    ]:
+        """Slots for the keys in [start + sinks, floor), and the slot tiles of each block."""
+
+    @abstractmethod
+    def cost(self, shape: AttentionShape, window: int) -> Cost:
+        """Multiply-adds of the far field of one head, of the near keys it adds included."""
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        """Calibrated data of one layer, 'name.tensor' to tensor."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What one head is assigned: a selector, with or without a compressor behind it."""
+
+    near: Selector
+    far: Compressor | None = None
+
+    def __post_init__(self) -> None:
+        if self.far is not None and not self.near.far_compatible:
+            raise ValueError(f"{self.near.name} cannot be paired with a far field")
+
+    @property
+    def name(self) -> str:
+        return self.near.name if self.far is None else f"{self.near.name}+{self.far.name}"
+
+    @property
+    def family(self) -> str:
+        return self.near.family if self.far is None else "hybrid"
+
+    @property
+    def is_dense(self) -> bool:
+        return self.near.family == "dense"
+
+    @property
+    def static(self) -> bool:
+        return self.near.static and self.far is None
+
+    def cost(self, shape: AttentionShape) -> Cost:
+        """Multiply-adds of one head of one sequence."""
+        cost = self.near.cost(shape)
+        if self.far is not None:
+            cost = cost + self.far.cost(shape, getattr(self.near, "window", 0))
+        return cost
+
+    def density(self, shape: AttentionShape) -> float:
+        """Multiply-adds, selection included, as a share of dense causal attention."""
+        return self.cost(shape).macs / shape.dense_macs
+
+    def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
+        """The near and far tiles of some query blocks, and the slots that the far tiles read."""
+        from attnplan.kernels import tile_list
+
+        if self.far is None:
+            return self.near.near(inputs, blocks), None
+        window, sinks = getattr(self.near, "window", 0), getattr(self.near, "sinks", 0)
+        floor = self.far.floor(inputs, blocks, window)
+        near = self.near.near(inputs, blocks, floor)
+        slots, far = self.far.far(inputs, blocks, floor, sinks)
+        return tile_list.concat([near, far]), slots
+
+    def fit(self, moments: Moments) -> dict[str, Tensor]:
+        """Calibrated data that this approximation reads, for one layer."""
+        data = self.near.fit(moments)
+        if self.far is not None:
+            data |= self.far.fit(moments)
+        return data
