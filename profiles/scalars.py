@@ -48,7 +48,7 @@ SCALARS: tuple[tuple[str, str], ...] = (
     ("score_rank95", "dimensions that hold 95 % of the energy of the balanced scores"),
     (
         "cluster_inertia",
-        "k-means inertia of the keys over their variance; 0 is perfectly clustered",
+        "k-means inertia of the keys over their variance; 0 is clustered",
     ),
     ("output_energy", "mean squared norm of the head's output"),
     ("fisher_total", "E[(g . o)^2]: how much the loss feels the head's whole output"),
