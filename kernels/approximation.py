@@ -294,9 +294,9 @@ class Compressor(ABC):
         """
 
     @abstractmethod
-    def far(self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int) -> tuple[
-        Slots, TileList
-    ]:
+    def far(
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int
+    ) -> tuple[Slots, TileList]:
         """Slots for the keys in [start + sinks, floor), and the slot tiles of each block."""
 
     @abstractmethod

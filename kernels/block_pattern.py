@@ -1,0 +1,129 @@
+"""Block-granular patterns: which key blocks of 64 each query block reads.
+
+Key blocks are runs [64 J, 64 J + 64) of absolute positions. With padding, the first block of a
+sequence is the one that holds its first real token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels import tile_list
+from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.pattern import causal
+from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """Where query blocks stand among key blocks.
+
+    Attributes:
+        key_block: int64 [key blocks], 0, 1, 2, ...
+        first: int64 [blocks, 1], key block of each query block's first query.
+        last: int64 [blocks, 1], key block of its last query.
+        sink: int64 [batch, 1, 1, 1], key block of the first real token.
+    """
+
+    key_block: Tensor
+    first: Tensor
+    last: Tensor
+    sink: Tensor
+
+    @classmethod
+    def of(cls, inputs: Inputs, blocks: Tensor) -> Self:
+        device = inputs.query.device
+        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+        begin = blocks * BLOCK + inputs.offset
+        end = torch.clamp(begin + BLOCK, max=inputs.offset + queries) - 1
+        return cls(
+            torch.arange(-(-keys // BLOCK), device=device),
+            (begin // BLOCK)[:, None],
+            (end // BLOCK)[:, None],
+            torch.tensor(inputs.start, device=device)[:, None, None, None] // BLOCK,
+        )
+
+    def always(self, local: int) -> Tensor:
+        """The sink block and `local` recent blocks, bool [batch, 1, blocks, key blocks]."""
+        recent = (self.key_block > self.first - local) & (self.key_block <= self.last)
+        sink = (self.key_block == self.sink) & (self.key_block <= self.last)
+        return (recent & (self.key_block >= self.sink)) | sink
+
+    def candidates(self, local: int) -> Tensor:
+        """Blocks between the sink block and the recent ones, same shape as `always`."""
+        return (self.key_block > self.sink) & (self.key_block <= self.first - local)
+
+    def pairs(self, inputs: Inputs, chosen: Tensor) -> Tensor:
+        """Block choices as a mask [batch, heads, queries, keys]: tests only."""
+        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+        wide = chosen.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+        return wide[:, :, :queries, :keys] & causal(inputs)
+
+
+def block_tiles(inputs: Inputs, blocks: Tensor, grid: BlockGrid, chosen: Tensor) -> TileList:
+    """Tile list of chosen key blocks, bool [batch, heads, blocks, key blocks].
+
+    Three blocks of a row may be cut by the diagonal, the end of the text or padding: those of its
+    first and last query, and the sink block. They get causal masks, all others are full tiles.
+    """
+    chosen = chosen.expand(-1, inputs.query.shape[1], -1, -1)
+    batch, heads, count, _ = chosen.shape
+    b, h, row, tile = torch.nonzero(chosen, as_tuple=True)
+    cut = torch.stack(
+        [
+            grid.first.T.expand(batch, count),
+            grid.last.T.expand(batch, count),
+            grid.sink[:, 0, 0].expand(batch, count),
+        ],
+        dim=-1,
+    )  # [batch, blocks, 3]
+    is_cut = tile[:, None] == cut[b, row]  # [tiles, 3]
+    mask = (b * count + row) * 3 + is_cut.int().argmax(1)
+    mask = torch.where(is_cut.any(1), mask, FULL)
+    tiles = torch.stack([torch.full_like(tile, CONTIGUOUS), tile, mask], dim=1)
+    rows = (b * heads + h) * count + row
+    gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=chosen.device)
+    masks = _causal_words(inputs, blocks, cut)
+    return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)
+
+
+def _causal_words(inputs: Inputs, blocks: Tensor, tiles: Tensor) -> Tensor:
+    """Causal mask words of some key blocks per row, int64 [batch * blocks * n, 64]."""
+    within = torch.arange(BLOCK, device=tiles.device)
+    i = (blocks[:, None] * BLOCK + within)[None, :, None, :, None] + inputs.offset
+    j = tiles[..., None, None] * BLOCK + within  # [batch, blocks, n, 1, 64]
+    start = torch.tensor(inputs.start, device=tiles.device)[:, None, None, None, None]
+    keep = (j <= i) & (j >= start) & (i < inputs.key.shape[2])
+    return tile_list.pack_bits(keep).flatten(0, 2)
+
+
+def pooled_keys(inputs: Inputs) -> Tensor:
+    """Mean key of every key block, padding left out, [batch, kv_heads, key blocks, head_dim].
+
+    float32, or float64 for float64 inputs.
+    """
+    keys = inputs.key.shape[2]
+    position = torch.arange(keys, device=inputs.key.device)
+    real = position >= torch.tensor(inputs.start, device=position.device)[:, None]
+    return _block_means(inputs.key, real[:, None, :, None])
+
+
+def pooled_queries(inputs: Inputs, blocks: Tensor) -> Tensor:
+    """Mean query of some query blocks, [batch, heads, len(blocks), head_dim]."""
+    real = inputs.positions(blocks)  # [blocks, 64]
+    start = torch.tensor(inputs.start, device=blocks.device)[:, None, None]
+    real = (real >= start).flatten(1)  # padding rows have position -1 or lie before start
+    return _block_means(inputs.rows(blocks), real[:, None, :, None])
+
+
+def _block_means(rows: Tensor, real: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    rows, real = rows.to(wide) * real, real.to(wide).expand(rows.shape[0], 1, rows.shape[2], 1)
+    pad = (0, 0, 0, -rows.shape[2] % BLOCK)
+    rows = torch.nn.functional.pad(rows, pad).unflatten(2, (-1, BLOCK)).sum(3)
+    count = torch.nn.functional.pad(real, pad).unflatten(2, (-1, BLOCK)).sum(3)
+    return rows / count.clamp(min=1)

@@ -1,0 +1,96 @@
+"""The methods that attnplan knows, and how a plan spells an approximation.
+
+A method is added by one file in `kernels/near` or `kernels/far` and its name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from attnplan.kernels.approximation import Approximation, AttentionShape, Compressor, Selector
+from attnplan.kernels.far.centroid_t import CentroidT
+from attnplan.kernels.near.block_topk import BlockTopK
+from attnplan.kernels.near.dense import Dense
+from attnplan.kernels.near.loki import Loki
+from attnplan.kernels.near.strided import Strided
+from attnplan.kernels.near.vertical_slash import VerticalSlash
+from attnplan.kernels.near.window import Window
+
+NEAR: dict[str, type[Selector]] = {
+    cls.name: cls for cls in (Dense, Window, Strided, VerticalSlash, BlockTopK, Loki)
+}
+FAR: dict[str, type[Compressor]] = {cls.name: cls for cls in (CentroidT,)}
+DENSE = Approximation(Dense())
+
+_Part = TypeVar("_Part", Selector, Compressor)
+
+
+def choices(shape: AttentionShape) -> Iterator[Approximation]:
+    """Every approximation worth trying at this shape; dense comes first."""
+    for selector in NEAR.values():
+        for near in selector.choices(shape):
+            yield Approximation(near)
+            if near.far_compatible:
+                for compressor in FAR.values():
+                    yield from (Approximation(near, far) for far in compressor.choices(shape))
+
+
+def to_dict(approximation: Approximation) -> dict[str, Any]:
+    """The spelling of plan files: {'near': {'name': ..., knobs}, 'far': {...}}."""
+    spelled: dict[str, Any] = {"near": _spell(approximation.near)}
+    if approximation.far is not None:
+        spelled["far"] = _spell(approximation.far)
+    return spelled
+
+
+def from_dict(spelled: Mapping[str, Any]) -> Approximation:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: an unknown method or knob, or a bad value; the message names what is known.
+    """
+    if not isinstance(spelled, Mapping) or "near" not in spelled:
+        raise ValueError(f"an approximation needs the key 'near', got {spelled!r}")
+    unknown = set(spelled) - {"near", "far"}
+    if unknown:
+        raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: near, far")
+    far = spelled.get("far")
+    return Approximation(
+        _build(NEAR, spelled["near"], "approximation"),
+        None if far is None else _build(FAR, far, "far field"),
+    )
+
+
+def key(approximation: Approximation) -> str:
+    """One canonical line: `window(window=128, sinks=4) + centroid_t(chunk=256, slots=16)`."""
+    parts = [approximation.near] + ([approximation.far] if approximation.far else [])
+    return " + ".join(
+        f"{part.name}({', '.join(f'{k}={v}' for k, v in asdict(part).items())})"  # type: ignore[call-overload]
+        for part in parts
+    )
+
+
+def _spell(part: Selector | Compressor) -> dict[str, Any]:
+    return {"name": part.name, **asdict(part)}  # type: ignore[call-overload]
+
+
+def _build[T: (Selector, Compressor)](known: Mapping[str, type[T]], spelled: Any, what: str) -> T:
+    if not isinstance(spelled, Mapping) or "name" not in spelled:
+        raise ValueError(f"a method needs the key 'name', got {spelled!r}")
+    knobs = {k: v for k, v in spelled.items() if k != "name"}
+    name = spelled["name"]
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+    cls = known[name]
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for knob, value in knobs.items():
+        if knob not in names:
+            raise ValueError(f"{name} has no knob {knob!r}; known: {', '.join(sorted(names))}")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name}: {knob} must be a whole number, got {value!r}")
+    try:
+        return cls(**knobs)
+    except TypeError as error:
+        raise ValueError(f"bad knobs for {name}: {error}") from None

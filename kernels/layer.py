@@ -1,0 +1,138 @@
+"""All heads of one layer, each with its own approximation, in one launch.
+
+Heads with the same approximation select together; their tile lists are stacked into one list for
+the layer. What depends on shapes alone (static selectors) is built once per shape and kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels import tile_list
+from attnplan.kernels.approximation import Approximation, Fitted, Inputs, Slots
+from attnplan.kernels.executor import attend
+from attnplan.kernels.tile_list import TileList
+
+
+class LayerKernel:
+    """Attention of one layer under a fixed assignment.
+
+    Args:
+        assignment: one approximation per query head.
+        fitted: calibrated data of the layer.
+    """
+
+    def __init__(self, assignment: tuple[Approximation, ...], fitted: Fitted | None = None) -> None:
+        self.assignment = assignment
+        self.fitted = fitted or {}
+        self.is_dense = all(a.is_dense for a in assignment)
+        heads: dict[Approximation, list[int]] = {}
+        for head, approximation in enumerate(assignment):
+            heads.setdefault(approximation, []).append(head)
+        self._static = [(a, tuple(h)) for a, h in heads.items() if a.static]
+        self._dynamic = [(a, tuple(h)) for a, h in heads.items() if not a.static]
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        start: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Causal attention, lower-right aligned.
+
+        Args:
+            query: [batch, heads, queries, head_dim], after RoPE.
+            key: [batch, kv_heads, keys, head_dim].
+            value: [batch, kv_heads, keys, value_dim].
+            scale: factor before the softmax.
+            start: for each batch row, the first key that is no left padding.
+
+        Returns:
+            [batch, heads, queries, value_dim], in the dtype of `query`. Rows of padding are zero.
+        """
+        inputs = Inputs.of_layer(query, key, value, scale=scale, start=start, fitted=self.fitted)
+        blocks = torch.arange(inputs.blocks, device=query.device)
+        tiles, slots = self.tiles(inputs, blocks)
+        output, _ = attend(
+            query, key, value, scale=scale, kv_head=inputs.kv_head, tiles=tiles, slots=slots
+        )
+        return output
+
+    def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
+        """Tile list and slots of the whole layer for some query blocks."""
+        parts: list[tuple[tuple[int, ...], TileList]] = []
+        slots: list[tuple[tuple[int, ...], Slots]] = []
+        if self._static:
+            parts.append(self._static_tiles(inputs, blocks))
+        for approximation, heads in self._dynamic:
+            tiles, made = approximation.tiles(inputs.heads(heads), blocks)
+            parts.append((heads, tiles))
+            if made is not None:
+                slots.append((heads, made))
+        merged = tile_list.stack_heads(parts, len(self.assignment))
+        return merged, _merge_slots(slots, len(self.assignment)) if slots else None
+
+    def _static_tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[tuple[int, ...], TileList]:
+        """Heads with static selectors, and their tile list, built once per shape."""
+        order = tuple(head for _, heads in self._static for head in heads)
+        spelled = (
+            tuple((a, len(h)) for a, h in self._static),
+            inputs.shape,
+            inputs.start,
+            tuple(blocks.tolist()),
+            inputs.query.device,
+        )
+        cached = _STATIC.get(spelled)
+        if cached is None:
+            parts = []
+            first = 0
+            for approximation, heads in self._static:
+                names = tuple(range(first, first + len(heads)))
+                parts.append((names, approximation.near.near(inputs.heads(heads), blocks)))
+                first += len(heads)
+            cached = tile_list.stack_heads(parts, first)
+            _STATIC[spelled] = cached
+            while len(_STATIC) > _CACHED_LISTS:
+                _STATIC.popitem(last=False)
+        else:
+            _STATIC.move_to_end(spelled)
+        return order, cached
+
+
+_CACHED_LISTS = 256
+_STATIC: OrderedDict[object, TileList] = OrderedDict()
+
+
+def _merge_slots(parts: list[tuple[tuple[int, ...], Slots]], heads: int) -> Slots:
+    """The slots of all far fields of a layer, padded to the longest."""
+    count = max(slots.key.shape[2] for _, slots in parts)
+    pad = torch.nn.functional.pad
+    grown = [
+        replace(
+            s,
+            key=pad(s.key, (0, 0, 0, count - s.key.shape[2])),
+            log_weight=pad(s.log_weight, (0, count - s.key.shape[2]), value=float("-inf")),
+            weight=pad(s.weight, (0, count - s.key.shape[2])),
+            value=pad(s.value, (0, 0, 0, count - s.key.shape[2])),
+        )
+        for _, s in parts
+    ]
+    head = torch.full((heads,), -1, dtype=torch.int32, device=grown[0].key.device)
+    first = 0
+    for (names, _), slots in zip(parts, grown, strict=True):
+        head[list(names)] = slots.head + first
+        first += slots.key.shape[1]
+    return Slots(
+        torch.cat([s.key for s in grown], 1),
+        torch.cat([s.log_weight for s in grown], 1),
+        torch.cat([s.weight for s in grown], 1),
+        torch.cat([s.value for s in grown], 1),
+        head,
+    )

@@ -1,0 +1,127 @@
+"""Loki-style token selection: every query reads the single keys that score best in few dimensions.
+
+Queries and keys are projected to `rank` dimensions in which their products are best preserved on
+calibration text; each query keeps, besides sinks and a window, the `top` keys of the rest with the
+largest projected product, and attends to them exactly.
+
+Source: Singhania et al., Loki: Low-rank Keys for Efficient Sparse Attention,
+https://arxiv.org/abs/2406.02542, algorithm 1. Unlike the paper, which takes principal components of
+the keys, the projection weighs both sides: with second moments S_q of the queries (summed over the
+group) and S_k of the centred keys, and S_q^1/2 S_k^1/2 = U S V^T, the maps S^-1/2 V^T S_k^1/2 for
+queries and S^-1/2 U^T S_q^1/2 for keys give q.k exactly at full rank, and the least mean squared
+error of q.k at any other (as in KQ-SVD, https://arxiv.org/abs/2512.05916). Scores are computed in
+float32; ties go to the earlier key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels import tile_list
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.near.window import Window
+from attnplan.kernels.pattern import relative_positions, window_pairs
+from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.token_selection import pack_tokens, top_tokens
+
+
+@dataclass(frozen=True)
+class Loki(Selector):
+    """Keep sinks, a window, and the `top` other keys that score best in `rank` dimensions."""
+
+    name: ClassVar[str] = "loki"
+    predictor: ClassVar[str] = "score_rank95"
+
+    rank: int
+    top: int
+    window: int = 64
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        for knob in ("rank", "top", "window"):
+            if getattr(self, knob) < 1:
+                raise ValueError(f"{knob} must be at least 1, got {getattr(self, knob)}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        tops = [top for top in (16, 32, 64, 128, 256) if top <= max(16, shape.keys // 16)]
+        for rank in (8, 16, 32):
+            if rank >= shape.head_dim:
+                continue
+            for top in tops:
+                for window in (32, 128, 512):
+                    if window + top < shape.keys // 2:
+                        yield cls(rank, top, window)
+
+    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
+        tokens = self._tokens(inputs, blocks)
+        window = Window(self.window, self.sinks).near(inputs, blocks)
+        return tile_list.concat([window, pack_tokens(tokens, inputs.key.shape[2])])
+
+    def keep(self, inputs: Inputs) -> Tensor:
+        query_map, key_map = self._maps(inputs)
+        wide = torch.promote_types(inputs.query.dtype, torch.float32)
+        query = inputs.query.to(wide) @ query_map.to(wide)
+        key = (inputs.key.to(wide) @ key_map.to(wide))[:, list(inputs.kv_head)]
+        i, j = relative_positions(inputs)
+        candidate = (j >= self.sinks) & (j <= i - self.window)
+        scores = (query @ key.mT).masked_fill(~candidate, float("-inf"))
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : self.top]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+        return (chosen & candidate) | Window(self.window, self.sinks).keep(inputs)
+
+    def cost(self, shape: AttentionShape) -> Cost:
+        i = torch.arange(shape.keys - shape.queries, shape.keys)
+        candidates = (i + 1 - self.window - self.sinks).clamp(min=0)
+        chosen = int(candidates.clamp(max=self.top).sum())
+        pairs = chosen + window_pairs(shape, self.window, self.sinks)
+        project = (shape.queries + shape.keys / shape.group) * shape.head_dim
+        return Cost(2.0 * shape.head_dim * pairs, self.rank * (float(candidates.sum()) + project))
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        heads, head_dim = moments.query_mean.shape
+        kv_heads = moments.key_mean.shape[0]
+        group = heads // kv_heads
+        query = moments.query_gram.double().view(kv_heads, group, head_dim, head_dim).sum(1)
+        mean = moments.key_mean.double()
+        key = moments.key_gram.double() - mean[:, :, None] * mean[:, None, :]
+        query_root, key_root = _root(query), _root(key)
+        left, singular, right = torch.linalg.svd(query_root @ key_root)
+        inverse = singular.rsqrt()[:, None, :]
+        return {
+            "loki.query_map": (key_root @ right.mT * inverse).float(),
+            "loki.key_map": (query_root @ left * inverse).float(),
+        }
+
+    def _maps(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Projections of queries [heads, head_dim, rank] and keys [kv_heads, head_dim, rank]."""
+        query_map = inputs.fitted_tensor("loki.query_map")[list(inputs.kv_head), :, : self.rank]
+        return query_map, inputs.fitted_tensor("loki.key_map")[:, :, : self.rank]
+
+    def _tokens(self, inputs: Inputs, blocks: Tensor) -> Tensor:
+        query_map, key_map = self._maps(inputs)
+        query = inputs.rows(blocks).float() @ query_map
+        key = inputs.key.float() @ key_map
+        position = inputs.positions(blocks).flatten()  # -1 past the last query
+        start = torch.tensor(inputs.start, device=position.device)[:, None]
+        low = start + self.sinks
+        high = torch.where(position >= 0, position - self.window + 1, -1)
+        high = high.expand(len(inputs.start), -1)
+        return top_tokens(
+            query, key, kv_head=inputs.kv_head, low=low.expand_as(high), high=high, top=self.top
+        )
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Symmetric square root of [n, d, d] Grams, with a relative floor under the eigenvalues."""
+    values, vectors = torch.linalg.eigh(gram)
+    floor = values.amax(-1, keepdim=True).clamp(min=1e-30) * 1e-10
+    return vectors * torch.maximum(values, floor).sqrt()[:, None, :] @ vectors.mT

@@ -1,0 +1,64 @@
+"""Sliding window with sinks (initial global tokens).
+
+    keep(i, j) = j <= i and (i - j < window or j < sinks)
+
+Sources: Xiao et al., Efficient Streaming Language Models with Attention Sinks,
+https://arxiv.org/abs/2309.17453, section 3.2 (window and sinks); Beltagy et al., Longformer,
+https://arxiv.org/abs/2004.05150, section 3.1 (global tokens). Unlike StreamingLLM, keys keep their
+original rotary positions; unlike Longformer, global keys are seen by all queries but no query sees
+all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.pattern import dense_mask, static_tiles, window_pairs
+from attnplan.kernels.tile_list import TileList
+
+
+@dataclass(frozen=True)
+class Window(Selector):
+    """Keep the first `sinks` keys and the last `window` keys of every query."""
+
+    name: ClassVar[str] = "window"
+    static: ClassVar[bool] = True
+    far_compatible: ClassVar[bool] = True
+    predictor: ClassVar[str] = "sink_local_mass"
+
+    window: int
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 key, got {self.window}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for window in (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096):
+            if window < shape.keys:
+                yield cls(window)
+        if shape.keys > 64:
+            yield cls(32, 64)
+
+    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
+        def reach(first: int, last: int) -> list[tuple[int, int]]:
+            return [(0, self.sinks), (first - self.window + 1, last + 1)]
+
+        return static_tiles(inputs, blocks, self._rule, reach, floor)
+
+    def keep(self, inputs: Inputs) -> Tensor:
+        return dense_mask(inputs, self._rule)
+
+    def cost(self, shape: AttentionShape) -> Cost:
+        return Cost(2.0 * shape.head_dim * window_pairs(shape, self.window, self.sinks))
+
+    def _rule(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j < self.window) | (j < self.sinks)
