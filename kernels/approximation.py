@@ -18,6 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from attnplan.kernels import tile_list
 from attnplan.kernels.tile_list import BLOCK, TileList
 
 
@@ -296,11 +297,14 @@ class Compressor(ABC):
     @abstractmethod
     def far(
         self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int
-    ) -> tuple[Slots, TileList]:
-        """Slots for the keys in [start + sinks, floor), and the slot tiles of each block."""
+    ) -> tuple[Slots | None, TileList]:
+        """Slots for the keys in [start + sinks, floor), and the slot tiles of each block.
+
+        No slots where no query block has a far field yet.
+        """
 
     @abstractmethod
-    def cost(self, shape: AttentionShape, window: int) -> Cost:
+    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
         """Multiply-adds of the far field of one head, of the near keys it adds included."""
 
     @classmethod
@@ -340,7 +344,7 @@ class Approximation:
         """Multiply-adds of one head of one sequence."""
         cost = self.near.cost(shape)
         if self.far is not None:
-            cost = cost + self.far.cost(shape, getattr(self.near, "window", 0))
+            cost = cost + self.far.cost(shape, *self._reach())
         return cost
 
     def density(self, shape: AttentionShape) -> float:
@@ -349,15 +353,17 @@ class Approximation:
 
     def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
         """The near and far tiles of some query blocks, and the slots that the far tiles read."""
-        from attnplan.kernels import tile_list
-
         if self.far is None:
             return self.near.near(inputs, blocks), None
-        window, sinks = getattr(self.near, "window", 0), getattr(self.near, "sinks", 0)
+        window, sinks = self._reach()
         floor = self.far.floor(inputs, blocks, window)
         near = self.near.near(inputs, blocks, floor)
         slots, far = self.far.far(inputs, blocks, floor, sinks)
         return tile_list.concat([near, far]), slots
+
+    def _reach(self) -> tuple[int, int]:
+        """Window and sinks of the selector: what a far field must leave to it."""
+        return getattr(self.near, "window", 0), getattr(self.near, "sinks", 0)
 
     def fit(self, moments: Moments) -> dict[str, Tensor]:
         """Calibrated data that this approximation reads, for one layer."""

@@ -76,7 +76,7 @@ def _spell(part: Selector | Compressor) -> dict[str, Any]:
     return {"name": part.name, **asdict(part)}  # type: ignore[call-overload]
 
 
-def _build[T: (Selector, Compressor)](known: Mapping[str, type[T]], spelled: Any, what: str) -> T:
+def _build(known: Mapping[str, type[_Part]], spelled: Any, what: str) -> _Part:
     if not isinstance(spelled, Mapping) or "name" not in spelled:
         raise ValueError(f"a method needs the key 'name', got {spelled!r}")
     knobs = {k: v for k, v in spelled.items() if k != "name"}

@@ -68,20 +68,21 @@ def _one_sequence(
 ) -> TileList:
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
     pairs = []  # (row, key block, floor)
-    for row, block in enumerate(blocks.tolist()):
+    for index, block in enumerate(blocks.tolist()):
         first = inputs.offset + block * BLOCK - start
         last = min(first + BLOCK, inputs.offset + queries - start) - 1
         if last < 0:
             continue
         runs = list(reach(max(first, 0), last))
         if floors:
-            runs.append((floors[row] - start, last + 1))
+            runs.append((floors[index] - start, last + 1))
         wanted: set[int] = set()
         for low, high in runs:
             low, high = max(low, 0) + start, min(high, last + 1) + start
             if low < high:
                 wanted.update(range(low // BLOCK, (high - 1) // BLOCK + 1))
-        pairs += [(row, tile, floors[row] if floors else keys) for tile in sorted(wanted)]
+        low_key = floors[index] if floors else keys
+        pairs += [(index, tile, low_key) for tile in sorted(wanted)]
     if not pairs:
         return tile_list.empty(1, 1, len(blocks), torch.device("cpu"))
     row, tile, low = torch.tensor(pairs).unbind(1)

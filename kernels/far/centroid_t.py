@@ -55,7 +55,7 @@ class CentroidT(Compressor):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for chunk, slots in ((256, 16), (128, 16), (256, 8)):
+        for chunk, slots in ((256, 16), (128, 16)):
             if 3 * chunk <= shape.keys:
                 yield cls(chunk, slots)
 
@@ -66,18 +66,20 @@ class CentroidT(Compressor):
 
     def far(
         self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int
-    ) -> tuple[Slots, TileList]:
+    ) -> tuple[Slots | None, TileList]:
         start = torch.tensor(inputs.start, device=blocks.device)[:, None]
         chunks = (floor - start) // self.chunk  # [batch, blocks]
-        slots = self._cluster(inputs, int(chunks.max()) if chunks.numel() else 0, sinks)
+        most = int(chunks.max())
+        slots = self._cluster(inputs, most, sinks) if most else None
         return slots, self._tiles(chunks * self.slots, len(inputs.head))
 
-    def cost(self, shape: AttentionShape, window: int) -> Cost:
+    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
         row = torch.arange(shape.queries)
         first = row // BLOCK * BLOCK + shape.keys - shape.queries
         chunks = (first - window + 1).clamp(min=0) // self.chunk
         # keys between the chunks and the window, which the pair keeps near
-        more = (row + shape.keys - shape.queries + 1 - window - chunks * self.chunk).clamp(min=0)
+        reached = torch.clamp(chunks * self.chunk, min=sinks)
+        more = (row + shape.keys - shape.queries + 1 - window - reached).clamp(min=0)
         pairs = int((chunks * self.slots + more).sum())
         clustered = int(chunks.max()) * self.chunk
         metric = shape.head_dim + 1  # keys to the query metric, and their weights
@@ -160,7 +162,7 @@ class CentroidT(Compressor):
         """Slot tiles: a query block reads the first `visible[batch, block]` slots."""
         batch, count = visible.shape
         device = visible.device
-        tiles_per_row = -(-int(visible.max()) // BLOCK) if visible.numel() else 0
+        tiles_per_row = -(-int(visible.max()) // BLOCK)
         tile = torch.arange(tiles_per_row, device=device)
         rest = visible[:, None, :, None].expand(batch, heads, count, 1) - tile * BLOCK
         b, h, row, index = torch.nonzero(rest > 0, as_tuple=True)

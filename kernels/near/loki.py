@@ -51,13 +51,11 @@ class Loki(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        tops = [top for top in (16, 32, 64, 128, 256) if top <= max(16, shape.keys // 16)]
         for rank in (8, 16, 32):
-            if rank >= shape.head_dim:
-                continue
-            for top in tops:
+            for top in (16, 32, 64, 128):
                 for window in (32, 128, 512):
-                    if window + top < shape.keys // 2:
+                    small = rank < shape.head_dim and window + top < shape.keys // 2
+                    if small and (window < 512 or top == 32):
                         yield cls(rank, top, window)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:

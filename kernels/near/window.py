@@ -42,11 +42,11 @@ class Window(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for window in (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096):
+        for window in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             if window < shape.keys:
                 yield cls(window)
-        if shape.keys > 64:
-            yield cls(32, 64)
+        if shape.keys > 256:
+            yield cls(128, 64)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         def reach(first: int, last: int) -> list[tuple[int, int]]:
