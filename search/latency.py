@@ -197,25 +197,22 @@ def _fit(counts: Floats, ms: Floats, once: NDArray[np.bool_], rest_ms: float) ->
     # The weighted mean that minimises the sum of squared relative errors.
     dense_layer_ms = float((1 / ms[is_dense]).sum() / (1 / ms[is_dense] ** 2).sum())
     mixed, mixed_ms = counts[~is_dense], ms[~is_dense]
-    # With one count alone, cost per head and cost per layer cannot be told apart.
-    varied = np.array([len(set(column[column > 0])) > 1 for column in mixed.T], bool)
-    once = once & varied
+    # With one count alone, cost per head and cost per layer cannot be told apart; with equally
+    # many heads in all layers, neither can the overhead: the heads then carry it.
+    once = once & np.array([len(set(column[column > 0])) > 1 for column in mixed.T], bool)
     once[0] = False
-    features = _features(mixed, once)
-    if not mixed[:, 0].any():  # no dense head was timed beside others
-        features = np.delete(features, 1, axis=1)
-    solution = non_negative_least_squares(features / mixed_ms[:, None], np.ones(len(mixed_ms)))
-    candidates = counts.shape[1]
-    if not mixed[:, 0].any():
-        heads = counts.sum(1).max()
-        solution = np.insert(solution, 1, dense_layer_ms / heads)
-    return LatencyModel(
-        dense_layer_ms,
-        float(solution[0]),
-        solution[1 : 1 + candidates],
-        np.where(once, solution[1 + candidates :], 0.0),
-        rest_ms,
+    columns = _features(mixed, once)
+    identified: NDArray[np.bool_] = np.asarray((columns > 0).any(0))
+    identified[0] = len(set(mixed.sum(1))) > 1
+    solution = np.zeros(columns.shape[1])
+    solution[identified] = non_negative_least_squares(
+        columns[:, identified] / mixed_ms[:, None], np.ones(len(mixed_ms))
     )
+    candidates = counts.shape[1]
+    head_ms, method_overhead_ms = solution[1 : 1 + candidates], solution[1 + candidates :]
+    if not mixed[:, 0].any():  # no dense head was timed beside others
+        head_ms[0] = dense_layer_ms / counts[is_dense].sum(1).mean()
+    return LatencyModel(dense_layer_ms, float(solution[0]), head_ms, method_overhead_ms, rest_ms)
 
 
 def _apply(model: LatencyModel, counts: Floats) -> Floats:
