@@ -55,7 +55,7 @@ class CentroidT(Compressor):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for chunk, slots in ((256, 16), (128, 16)):
+        for chunk, slots in ((64, 8), (256, 16)):
             if 3 * chunk <= shape.keys:
                 yield cls(chunk, slots)
 
