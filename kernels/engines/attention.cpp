@@ -1,0 +1,720 @@
+// Attention over tile lists on a CPU: the compiled half of cpu.py.
+//
+// One work item is one (batch, head, block of 64 query rows). Keys and values of the contiguous
+// tiles that several items share are packed once per call as float32: keys transposed per tile
+// [head_dim, 64], values [64, value_dim]. Three ways through a tile:
+//
+//   dense   S = Q K^T and O += P V with a register-blocked product over the packed tile, 16 query
+//           rows at a time, over the columns that these rows use; masks act on S
+//   gather  the same after the named rows were packed into a buffer of the thread
+//   sparse  few set bits per row: the keys that one row uses, of all such tiles of the block, are
+//           listed, and only they are read
+//
+// Softmax is online: a row carries (shift, mass, numerator), natural logarithms, float32. Built
+// without -ffast-math: -inf and NaN keep their meaning.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int W = 16;  // floats per vector
+constexpr int R = 8;   // rows of one register block
+#elif defined(__AVX__)
+constexpr int W = 8, R = 4;
+#else
+constexpr int W = 4, R = 8;
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 64, GROUP = 16, CHUNK = 256;
+constexpr int64_t CONTIGUOUS = 0, GATHER = 1, SLOTS = 2;
+constexpr int64_t FEW_ROWS = 4;       // a block with so few rows reads keys one by one
+constexpr int64_t SINGLE_KEY = 4;     // time of one listed pair / one pair of a dense tile
+constexpr int64_t PACK_GATHER = 640;  // time to pack a gather tile, in pairs of a dense tile
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504088896341f;
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint16_t hvec __attribute__((vector_size(2 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+
+struct Strided {  // strides in elements; the last dimension is contiguous
+    const void* data;
+    int64_t batch, head, row;
+};
+
+struct Call {
+    int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+    int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim, blocks, threads;
+    double scale;
+    Strided query, key, value, output;
+    float* lse;               // [batch, heads, queries]
+    const int32_t* kv_head;   // [heads]
+    const int32_t* offsets;   // [rows + 1]
+    const int32_t* tiles;     // [tiles, 3]
+    const int32_t* gather;    // [gathers, 64]
+    const uint64_t* masks;    // [masks, 64]
+    int64_t gathers, mask_count;
+    int64_t slots, slot_heads;
+    const float* slot_key;         // [batch, slot_heads, slots, head_dim]
+    const float* slot_value;       // [batch, slot_heads, slots, value_dim]
+    const float* slot_log_weight;  // [batch, slot_heads, slots]
+    const float* slot_weight;      // [batch, slot_heads, slots]
+    const int32_t* slot_head;      // [heads]
+};
+
+enum Status { OK = 0, BAD_KIND = 1, BAD_GATHER = 2, BAD_MASK = 3, BAD_SLOT = 4, NO_MEMORY = 5 };
+
+// Element types ---------------------------------------------------------------------------------
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+inline vec splat(float x) { return x - vec{}; }
+inline ivec isplat(int32_t x) { return x - ivec{}; }
+
+inline vec load(const float* p) {
+    vec x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+
+inline vec load(const BFloat16* p) {
+    hvec h;
+    std::memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+
+inline vec load(const Float16* p) {
+    hvec h;
+    std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps((__m256i)h);
+#else
+    uvec u = __builtin_convertvector(h, uvec);
+    vec x = (vec)((u & 0x7fff) << 13) * splat(0x1p112f);  // moves the exponent's bias
+    ivec special = (u & 0x7c00) == 0x7c00;                // infinity and NaN
+    return (vec)((uvec)x | ((uvec)special & 0x7f800000) | ((u & 0x8000) << 16));
+#endif
+}
+
+// The first n of W elements, then zeros.
+template <class T>
+inline vec load_first(const T* p, int64_t n) {
+    if (n >= W) return load(p);
+    T part[W] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+
+inline uint32_t bits_of(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    return u;
+}
+
+inline void put(float* p, float x) { *p = x; }
+
+inline void put(BFloat16* p, float x) {
+    uint32_t u = bits_of(x);
+    p->bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+inline void put(Float16* p, float x) {  // round to nearest even, subnormals included
+    uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000;
+    u &= 0x7fffffff;
+    uint32_t h;
+    if (u > 0x7f800000) {
+        h = 0x7e00;
+    } else if (u >= 0x477ff000) {
+        h = 0x7c00;
+    } else if (u < 0x38800000) {
+        float magic = 0.5f, y;
+        std::memcpy(&y, &u, 4);
+        h = bits_of(y + magic) - bits_of(magic);
+    } else {
+        h = (u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13;
+    }
+    p->bits = h | sign;
+}
+
+// Vector arithmetic -----------------------------------------------------------------------------
+
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+
+inline float reduce_max(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float best = x[0];
+    for (int i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
+    return best;
+#endif
+}
+
+inline float reduce_add(vec x) {
+    float sum = 0;
+    for (int i = 0; i < W; i++) sum += x[i];
+    return sum;
+}
+
+// e^x for x <= 0, relative error about 1e-7; 0 below e^-87.
+inline vec exponential(vec x) {
+    x *= LOG2E;
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    vec shifted = x + magic;
+    vec f = x - (shifted - magic);
+    vec p = splat(1.535336188319500e-4f);  // 2^f on [-1/2, 1/2], Cephes exp2f
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.f;
+    ivec power = ((ivec)shifted - isplat((int32_t)bits_of(magic) - 127)) << 23;
+    return x < -126.f ? vec{} : p * (vec)power;
+}
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+    typedef Lanes<I...> type;
+};
+typedef Count<W>::type AllLanes;
+
+// Lane l of the result is lane pick(l) of (a, b), b's lanes counting from W.
+#if defined(__clang__)
+#define SHUFFLE(a, b, pick) __builtin_shufflevector(a, b, (pick)...)
+#else
+#define SHUFFLE(a, b, pick) __builtin_shuffle(a, b, ivec{(pick)...})
+#endif
+
+template <int... I>
+inline vec zip_low(vec a, vec b, Lanes<I...>) {
+    return SHUFFLE(a, b, I / 2 + (I % 2) * W);
+}
+template <int... I>
+inline vec zip_high(vec a, vec b, Lanes<I...>) {
+    return SHUFFLE(a, b, I / 2 + W / 2 + (I % 2) * W);
+}
+
+// Rows become columns, in place.
+inline void transpose(vec* x) {
+#pragma GCC unroll 4
+    for (int round = 1; round < W; round *= 2) {
+        vec y[W];
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = zip_low(x[i], x[i + W / 2], AllLanes());
+            y[2 * i + 1] = zip_high(x[i], x[i + W / 2], AllLanes());
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) x[i] = y[i];
+    }
+}
+
+template <int H, int... I>
+inline vec add_halves(vec a, vec b, Lanes<I...>) {
+    vec first = SHUFFLE(a, b, I / H / 2 * 2 * H + I % H + (I / H % 2) * W);
+    vec second = SHUFFLE(a, b, I / H / 2 * 2 * H + I % H + H + (I / H % 2) * W);
+    return first + second;
+}
+
+// Lane j of the result is the sum of the lanes of x[j].
+template <int H = W / 2>
+inline vec reduce_each(vec* x) {
+#pragma GCC unroll 8
+    for (int i = 0; i < H; i++) x[i] = add_halves<H>(x[i], x[i + H], AllLanes());
+    if constexpr (H > 1) return reduce_each<H / 2>(x);
+    return x[0];
+}
+
+// C = A B, or C = diag(alpha) C + A B where alpha is given. NV vectors of columns.
+template <int NV>
+inline void product_block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                          float* c, int64_t ldc, const float* alpha) {
+    vec sum[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++)
+            sum[r][n] = alpha ? load(c + r * ldc + n * W) * alpha[r] : vec{};
+    for (int64_t k = 0; k < depth; k++) {
+        vec column[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) column[n] = load(b + k * ldb + n * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++) sum[r][n] += a[r * lda + k] * column[n];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) store(c + r * ldc + n * W, sum[r][n]);
+}
+
+// `rows` is rounded up to a multiple of R, so buffers hold whole groups; columns are in vectors.
+inline void product(int64_t rows, int64_t depth, int64_t vectors, const float* a, int64_t lda,
+                    const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha) {
+    for (int64_t n = 0; n < vectors; n += 2)
+        for (int64_t r = 0; r < rows; r += R) {
+            const float* al = alpha ? alpha + r : nullptr;
+            if (n + 1 < vectors)
+                product_block<2>(depth, a + r * lda, lda, b + n * W, ldb, c + r * ldc + n * W, ldc, al);
+            else
+                product_block<1>(depth, a + r * lda, lda, b + n * W, ldb, c + r * ldc + n * W, ldc, al);
+        }
+}
+
+// Packing ---------------------------------------------------------------------------------------
+
+inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+// 64 rows (null: zeros) to [head_dim, 64].
+template <class T>
+void pack_keys(const T* const* rows, int64_t head_dim, float* out) {
+    for (int64_t j = 0; j < BLOCK; j += W)
+        for (int64_t k = 0; k < head_dim; k += W) {
+            vec x[W];
+            for (int i = 0; i < W; i++)
+                x[i] = rows[j + i] ? load_first(rows[j + i] + k, head_dim - k) : vec{};
+            transpose(x);
+            for (int i = 0; i < std::min<int64_t>(W, head_dim - k); i++)
+                store(out + (k + i) * BLOCK + j, x[i]);
+        }
+}
+
+// 64 rows (null: zeros) to [64, padded(value_dim)].
+template <class T>
+void pack_values(const T* const* rows, int64_t value_dim, float* out) {
+    for (int64_t j = 0; j < BLOCK; j++)
+        for (int64_t k = 0; k < value_dim; k += W)
+            store(out + j * padded(value_dim) + k,
+                  rows[j] ? load_first(rows[j] + k, value_dim - k) : vec{});
+}
+
+// What is known of a mask before any tile is read.
+struct MaskFacts {
+    int64_t pairs;   // set bits
+    int64_t columns; // sum over groups of 16 rows of 16 * columns, in whole vectors
+};
+
+inline void column_range(uint64_t word, int64_t& low, int64_t& high) {  // in vectors
+    low = __builtin_ctzll(word) / W;
+    high = (63 - __builtin_clzll(word)) / W + 1;
+}
+
+MaskFacts facts_of(const uint64_t* words) {
+    MaskFacts facts = {0, 0};
+    for (int64_t g = 0; g < BLOCK; g += GROUP) {
+        uint64_t any = 0;
+        for (int64_t r = g; r < g + GROUP; r++) {
+            facts.pairs += __builtin_popcountll(words[r]);
+            any |= words[r];
+        }
+        if (any) {
+            int64_t low, high;
+            column_range(any, low, high);
+            facts.columns += GROUP * (high - low) * W;
+        }
+    }
+    return facts;
+}
+
+// A tile as the dense way reads it.
+struct Packed {
+    const float* key;
+    const float* value;
+    const float* log_weight;  // null but for slots
+    const float* weight;
+    uint64_t valid;  // columns that hold a key
+};
+
+template <class T>
+class Engine {
+  public:
+    explicit Engine(const Call& call)
+        : c(call),
+          key_tiles((c.keys + BLOCK - 1) / BLOCK),
+          slot_tiles(c.slots / BLOCK),
+          dq(padded(c.head_dim)),
+          dv(padded(c.value_dim)),
+          scale((float)c.scale) {}
+
+    int run() {
+        if (int status = plan()) return status;
+        int64_t pool = c.batch * c.kv_heads * key_tiles, slot_pool = c.batch * c.slot_heads * slot_tiles;
+        int64_t used = 0;
+        for (int64_t i = 0; i < pool + slot_pool; i++)
+            if (place[i]) place[i] = ++used;  // 1-based
+        per_tile = c.head_dim * BLOCK + BLOCK * dv;
+        int64_t per_thread = BLOCK * (dq + dv + W) + GROUP * BLOCK + 3 * BLOCK + 2 * CHUNK + per_tile;
+        float* memory = allocate(used * per_tile + c.threads * per_thread);
+        if (!memory) return NO_MEMORY;
+        packed = memory;
+        float* scratch = memory + used * per_tile;
+        std::atomic<int64_t> next_pack(0), next_item(0), workers(0);
+        int64_t items = (int64_t)order.size();
+#pragma omp parallel num_threads((int)c.threads)
+        {
+            for (int64_t i; (i = next_pack++) < pool + slot_pool;)
+                if (place[i]) {
+                    float* to = packed + (place[i] - 1) * per_tile;
+                    i < pool ? pack_contiguous(i, to) : pack_slots(i - pool, to);
+                }
+#pragma omp barrier
+            Scratch own(scratch + (workers++) * per_thread, *this);
+            for (int64_t i; (i = next_item++) < items;) block(order[i], own);
+        }
+        std::free(memory);
+        return OK;
+    }
+
+  private:
+    const Call& c;
+    int64_t key_tiles, slot_tiles, dq, dv, per_tile = 0;
+    float scale;
+    float* packed = nullptr;
+    std::vector<MaskFacts> facts;
+    std::vector<int32_t> place;  // of every key tile, then of every slot tile: 0, or 1 + its slot
+    std::vector<int64_t> order;  // CSR rows, longest first
+
+    struct Scratch {
+        float *query, *output, *mass, *score, *shift, *alpha, *single, *exponent, *tile;
+        int32_t ids[CHUNK + W];
+        Scratch(float* p, const Engine& e) {
+            query = p;
+            output = query + BLOCK * e.dq;
+            mass = output + BLOCK * e.dv;
+            score = mass + BLOCK * W;
+            shift = score + GROUP * BLOCK;
+            alpha = shift + BLOCK;
+            exponent = alpha + BLOCK;
+            single = exponent + BLOCK;
+            tile = single + 2 * CHUNK;
+        }
+    };
+
+    static float* allocate(int64_t floats) {
+        return (float*)std::aligned_alloc(64, (size_t)(floats * 4 + 63) / 64 * 64);
+    }
+
+    int64_t rows_of(int64_t row) const {
+        return std::min(BLOCK, c.queries - row % c.blocks * BLOCK);
+    }
+
+    bool is_sparse(const int32_t* tile, int64_t rows) const {
+        if (tile[0] == SLOTS) return false;
+        if (rows <= FEW_ROWS) return true;
+        if (tile[2] < 0) return false;
+        const MaskFacts& f = facts[tile[2]];
+        return f.pairs * SINGLE_KEY < f.columns + (tile[0] == GATHER ? PACK_GATHER : 0);
+    }
+
+    // Checks the list, marks the tiles to pack, orders the rows by their work.
+    int plan() {
+        facts.resize(c.mask_count);
+#pragma omp parallel for num_threads((int)c.threads) if (c.mask_count > 256)
+        for (int64_t i = 0; i < c.mask_count; i++) facts[i] = facts_of(c.masks + i * BLOCK);
+        int64_t rows = c.batch * c.heads * c.blocks;
+        place.assign(c.batch * (c.kv_heads * key_tiles + c.slot_heads * slot_tiles), 0);
+        std::vector<int64_t> work(rows);
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads, alive = rows_of(row);
+            work[row] = 1;
+            for (int64_t t = c.offsets[row]; t < c.offsets[row + 1]; t++) {
+                const int32_t* tile = c.tiles + 3 * t;
+                int64_t kind = tile[0], index = tile[1], mask = tile[2];
+                if (kind < CONTIGUOUS || kind > SLOTS) return BAD_KIND;
+                if (mask < -1 || mask >= c.mask_count) return BAD_MASK;
+                if (kind == GATHER && (index < 0 || index >= c.gathers)) return BAD_GATHER;
+                if (kind == SLOTS && (index < 0 || index >= slot_tiles || c.slot_head[h] < 0 ||
+                                      c.slot_head[h] >= c.slot_heads))
+                    return BAD_SLOT;
+                if (is_sparse(tile, alive)) {
+                    int64_t pairs = mask < 0 ? BLOCK * BLOCK : facts[mask].pairs;
+                    work[row] += pairs * SINGLE_KEY;
+                    continue;
+                }
+                work[row] += mask < 0 ? BLOCK * BLOCK : facts[mask].columns;
+                if (kind == GATHER) work[row] += PACK_GATHER;
+                if (kind == CONTIGUOUS && index >= 0 && index < key_tiles)
+                    place[(b * c.kv_heads + c.kv_head[h]) * key_tiles + index] = 1;
+                if (kind == SLOTS)
+                    place[c.batch * c.kv_heads * key_tiles +
+                          (b * c.slot_heads + c.slot_head[h]) * slot_tiles + index] = 1;
+            }
+        }
+        order.resize(rows);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int64_t x, int64_t y) { return work[x] > work[y]; });
+        return OK;
+    }
+
+    static const T* at(const Strided& s, int64_t b, int64_t h, int64_t row) {
+        return (const T*)s.data + b * s.batch + h * s.head + row * s.row;
+    }
+
+    void pack_contiguous(int64_t i, float* to) const {
+        int64_t b = i / key_tiles / c.kv_heads, h = i / key_tiles % c.kv_heads;
+        const T *key[BLOCK], *value[BLOCK];
+        for (int64_t j = 0; j < BLOCK; j++) {
+            int64_t position = i % key_tiles * BLOCK + j;
+            key[j] = position < c.keys ? at(c.key, b, h, position) : nullptr;
+            value[j] = position < c.keys ? at(c.value, b, h, position) : nullptr;
+        }
+        pack_keys(key, c.head_dim, to);
+        pack_values(value, c.value_dim, to + c.head_dim * BLOCK);
+    }
+
+    void pack_slots(int64_t i, float* to) const {
+        const float *key[BLOCK], *value[BLOCK];
+        for (int64_t j = 0; j < BLOCK; j++) {
+            key[j] = c.slot_key + (i * BLOCK + j) * c.head_dim;
+            value[j] = c.slot_value + (i * BLOCK + j) * c.value_dim;
+        }
+        pack_keys(key, c.head_dim, to);
+        pack_values(value, c.value_dim, to + c.head_dim * BLOCK);
+    }
+
+    // Which columns of a tile hold a key.
+    uint64_t valid_columns(const int32_t* tile) const {
+        if (tile[0] == SLOTS) return ~0ull;
+        if (tile[0] == CONTIGUOUS) {
+            int64_t left = tile[1] < 0 ? 0 : c.keys - tile[1] * BLOCK;
+            return left >= BLOCK ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1;
+        }
+        uint64_t word = 0;
+        const int32_t* ids = c.gather + tile[1] * BLOCK;
+        for (int64_t j = 0; j < BLOCK; j++)
+            word |= (uint64_t)(ids[j] >= 0 && ids[j] < c.keys) << j;
+        return word;
+    }
+
+    Packed find(const int32_t* tile, uint64_t valid, int64_t b, int64_t h, Scratch& s) const {
+        int64_t kv = c.kv_head[h];
+        if (tile[0] == GATHER) {
+            const T *key[BLOCK], *value[BLOCK];
+            const int32_t* ids = c.gather + tile[1] * BLOCK;
+            for (int64_t j = 0; j < BLOCK; j++) {
+                bool on = valid >> j & 1;
+                key[j] = on ? at(c.key, b, kv, ids[j]) : nullptr;
+                value[j] = on ? at(c.value, b, kv, ids[j]) : nullptr;
+            }
+            pack_keys(key, c.head_dim, s.tile);
+            pack_values(value, c.value_dim, s.tile + c.head_dim * BLOCK);
+            return {s.tile, s.tile + c.head_dim * BLOCK, nullptr, nullptr, valid};
+        }
+        int64_t i = (b * c.kv_heads + kv) * key_tiles + tile[1];
+        const float *log_weight = nullptr, *weight = nullptr;
+        if (tile[0] == SLOTS) {
+            int64_t slot_row = b * c.slot_heads + c.slot_head[h];
+            i = c.batch * c.kv_heads * key_tiles + slot_row * slot_tiles + tile[1];
+            log_weight = c.slot_log_weight + slot_row * c.slots + tile[1] * BLOCK;
+            weight = c.slot_weight + slot_row * c.slots + tile[1] * BLOCK;
+        }
+        const float* key = packed + (place[i] - 1) * per_tile;
+        return {key, key + c.head_dim * BLOCK, log_weight, weight, valid};
+    }
+
+    void block(int64_t row, Scratch& s) const {
+        int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads;
+        int64_t first = row % c.blocks * BLOCK, rows = rows_of(row);
+        int64_t whole = (rows + R - 1) / R * R;
+        for (int64_t r = 0; r < whole; r++)
+            for (int64_t k = 0; k < dq; k += W)
+                store(s.query + r * dq + k,
+                      r < rows ? load_first(at(c.query, b, h, first + r) + k, c.head_dim - k) * scale
+                               : vec{});
+        std::fill(s.output, s.output + whole * dv, 0.f);
+        std::fill(s.mass, s.mass + whole * W, 0.f);
+        std::fill(s.shift, s.shift + BLOCK, NONE);
+
+        bool any_sparse = false;
+        for (int64_t t = c.offsets[row]; t < c.offsets[row + 1]; t++) {
+            const int32_t* tile = c.tiles + 3 * t;
+            if (is_sparse(tile, rows)) {
+                any_sparse = true;
+                continue;
+            }
+            uint64_t valid = valid_columns(tile);
+            if (valid) dense(find(tile, valid, b, h, s), tile[2], rows, s);
+        }
+        if (any_sparse)
+            for (int64_t r = 0; r < rows; r++) sparse(row, r, rows, b, c.kv_head[h], s);
+
+        for (int64_t r = 0; r < rows; r++) {
+            float mass = reduce_add(load(s.mass + r * W));
+            float inverse = mass == 0 ? 1.f : 1.f / mass;
+            T* out = const_cast<T*>(at(c.output, b, h, first + r));
+            for (int64_t k = 0; k < c.value_dim; k++) put(out + k, s.output[r * dv + k] * inverse);
+            float shift = s.shift[r] == NONE ? 0.f : s.shift[r];
+            c.lse[(b * c.heads + h) * c.queries + first + r] = std::log(mass) + shift;
+        }
+    }
+
+    void dense(const Packed& tile, int64_t mask, int64_t rows, Scratch& s) const {
+        const uint64_t* words = mask < 0 ? nullptr : c.masks + mask * BLOCK;
+        for (int64_t g = 0; g < rows; g += GROUP) {
+            int64_t count = std::min(GROUP, rows - g);
+            uint64_t any = tile.valid;
+            if (words) {
+                any = 0;
+                for (int64_t r = g; r < g + count; r++) any |= words[r];
+                any &= tile.valid;
+                if (!any) continue;
+            }
+            int64_t low, high;
+            column_range(any, low, high);
+            product(count, c.head_dim, high - low, s.query + g * dq, dq, tile.key + low * W, BLOCK,
+                    s.score + low * W, BLOCK, nullptr);
+            for (int64_t r = 0; r < count; r++)
+                softmax(tile, words ? words[g + r] & tile.valid : tile.valid, low, high, g + r,
+                        s.score + r * BLOCK, s);
+            for (int64_t r = 0; r < count; r += W)
+                store(s.alpha + r, exponential(load(s.exponent + r)));
+            for (int64_t r = 0; r < count; r++)
+                store(s.mass + (g + r) * W,
+                      load(s.mass + (g + r) * W) * s.alpha[r] + load_row_mass(s, r));
+            product(count, (high - low) * W, dv / W, s.score + low * W, BLOCK,
+                    tile.value + low * W * dv, dv, s.output + g * dv, dv, s.alpha);
+        }
+    }
+
+    static vec load_row_mass(const Scratch& s, int64_t r) { return load(s.single + r * W); }
+
+    // Scores of one row to exponentials; leaves the old shift minus the new one, and the mass.
+    void softmax(const Packed& tile, uint64_t word, int64_t low, int64_t high, int64_t row,
+                 float* score, Scratch& s) const {
+        ivec lanes;
+        for (int i = 0; i < W; i++) lanes[i] = 1 << i;
+        vec best = splat(s.shift[row]);
+        for (int64_t n = low; n < high; n++) {
+            vec x = load(score + n * W);
+            if (tile.log_weight) x += load(tile.log_weight + n * W);
+            if (word != ~0ull) {
+                ivec on = (isplat((int32_t)(word >> (n * W))) & lanes) != 0;
+                x = on ? x : splat(NONE);
+            }
+            store(score + n * W, x);
+            best = max(best, x);
+        }
+        float top = reduce_max(best), shift = top == NONE ? 0.f : top;
+        vec mass = {};
+        for (int64_t n = low; n < high; n++) {
+            vec p = exponential(load(score + n * W) - shift);
+            store(score + n * W, p);
+            mass += tile.weight ? p * load(tile.weight + n * W) : p;
+        }
+        s.exponent[row % GROUP] = s.shift[row] - shift;
+        store(s.single + row % GROUP * W, mass);
+        s.shift[row] = top;
+    }
+
+    // The keys that one row reads through the sparse tiles of its block.
+    void sparse(int64_t csr, int64_t r, int64_t rows, int64_t b, int64_t kv, Scratch& s) const {
+        int64_t count = 0;
+        for (int64_t t = c.offsets[csr]; t < c.offsets[csr + 1]; t++) {
+            const int32_t* tile = c.tiles + 3 * t;
+            if (!is_sparse(tile, rows)) continue;
+            uint64_t word = tile[2] < 0 ? ~0ull : c.masks[tile[2] * BLOCK + r];
+            for (; word; word &= word - 1) {
+                int64_t bit = __builtin_ctzll(word);
+                int64_t id = tile[0] == GATHER ? c.gather[tile[1] * BLOCK + bit] : tile[1] * BLOCK + bit;
+                if (id < 0 || id >= c.keys) continue;
+                s.ids[count++] = (int32_t)id;
+                if (count == CHUNK) {
+                    listed(count, r, b, kv, s);
+                    count = 0;
+                }
+            }
+        }
+        if (count) listed(count, r, b, kv, s);
+    }
+
+    // Softmax of row r over the keys s.ids[0 .. count).
+    void listed(int64_t count, int64_t r, int64_t b, int64_t kv, Scratch& s) const {
+        const float* query = s.query + r * dq;
+        const T *key = at(c.key, b, kv, 0), *value = at(c.value, b, kv, 0);
+        for (int64_t i = count; i < count + W; i++) s.ids[i] = s.ids[count - 1];
+        ivec lanes;
+        for (int i = 0; i < W; i++) lanes[i] = i;
+        vec best = splat(s.shift[r]);
+        for (int64_t i = 0; i < count; i += W) {
+            const T* rows[W];
+            for (int j = 0; j < W; j++) rows[j] = key + s.ids[i + j] * c.key.row;
+            vec sum[W] = {};
+            int64_t k = 0;
+            for (; k + W <= c.head_dim; k += W) {
+                vec q = load(query + k);
+#pragma GCC unroll 16
+                for (int j = 0; j < W; j++) sum[j] += q * load(rows[j] + k);
+            }
+            if (k < c.head_dim)
+                for (int j = 0; j < W; j++)
+                    sum[j] += load(query + k) * load_first(rows[j] + k, c.head_dim - k);
+            vec x = reduce_each(sum);
+            if (i + W > count) x = lanes < isplat((int32_t)(count - i)) ? x : splat(NONE);
+            store(s.single + i, x);
+            best = max(best, x);
+        }
+        float top = reduce_max(best), shift = top == NONE ? 0.f : top;
+        vec mass = {};
+        for (int64_t i = 0; i < count; i += W) {
+            vec p = exponential(load(s.single + i) - shift);
+            store(s.single + i, p);
+            mass += p;
+        }
+        float alpha = std::exp(s.shift[r] - shift);
+        s.shift[r] = top;
+        store(s.mass + r * W, load(s.mass + r * W) * alpha + mass);
+        int64_t k = 0;
+        for (; k + 4 * W <= c.value_dim; k += 4 * W)
+            accumulate<4>(count, s, value + k, s.output + r * dv + k, alpha, 4 * W);
+        for (; k < c.value_dim; k += W)
+            accumulate<1>(count, s, value + k, s.output + r * dv + k, alpha, c.value_dim - k);
+    }
+
+    template <int NV>
+    void accumulate(int64_t count, const Scratch& s, const T* value, float* output, float alpha,
+                    int64_t columns) const {
+        vec sum[NV];
+        for (int n = 0; n < NV; n++) sum[n] = load(output + n * W) * alpha;
+        for (int64_t i = 0; i < count; i++) {
+            const T* row = value + s.ids[i] * c.value.row;
+            for (int n = 0; n < NV; n++) sum[n] += s.single[i] * load_first(row + n * W, columns - n * W);
+        }
+        for (int n = 0; n < NV; n++) store(output + n * W, sum[n]);
+    }
+};
+
+}  // namespace
+
+extern "C" int attnplan_attend(const Call* call) {
+    switch (call->dtype) {
+        case 0: return Engine<float>(*call).run();
+        case 1: return Engine<BFloat16>(*call).run();
+        default: return Engine<Float16>(*call).run();
+    }
+}
