@@ -1,0 +1,385 @@
+"""Plan: what every head runs, for which prefill lengths, and the evidence that it is good enough.
+
+A plan is one YAML file, short enough to review, and, if a method was fitted on calibration data,
+one .safetensors file beside it:
+
+    attnplan: 1
+    model: {name: ..., architecture: LlamaForCausalLM, layers: 30, heads: 9, kv_heads: 3, ...}
+    target: {device: ..., kind: cpu, dtype: float32, engine: cpu, versions: {...}, batch: [1, 1]}
+    methods:
+      dense: {near: {name: dense}}
+      window: {near: {name: window, window: 128, sinks: 4}}
+    phases:
+      prefill:
+        - context: [1024, 2048]
+          layers:
+            0: {window: 0-4, dense: 5-8}
+            1-29: dense
+      decode: dense
+    data: {file: plan.safetensors, digest: "sha256:..."}
+    evidence: {...}
+
+Outside the listed contexts, and while decoding, every head is dense. The low end of a context is
+the measured length from which the plan is faster than dense.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from attnplan.kernels import catalog
+from attnplan.kernels.approximation import Approximation, Compressor, Moments, Selector
+from attnplan.plan_yaml import PlanError, plain
+
+__all__ = ["ModelIdentity", "Plan", "PlanError", "Section", "Target"]
+
+Fitted = Mapping[int, Mapping[str, Tensor]]
+"""Layer to what its methods were fitted with: 'method.tensor' to a tensor."""
+Assignment = tuple[tuple[Approximation, ...], ...]
+"""What each head of each layer runs: `assignment[layer][head]`."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a plan was made for.
+
+    Attributes:
+        name: what the user called it; for people, never compared.
+        architecture: class of the model, such as LlamaForCausalLM.
+        layers: attention layers, numbered in the order in which a forward pass calls them.
+        heads, kv_heads, head_dim: sizes of every attention layer.
+        rope: rotary parameters of the configuration; empty when there are none.
+        max_context: longest text the model was made for, or None when it does not say.
+        weights: digest of the weights, independent of their floating-point type.
+    """
+
+    name: str
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Mapping[str, Any]
+    max_context: int | None
+    weights: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything but the name."""
+        told = {key: value for key, value in asdict(self).items() if key != "name"}
+        return "sha256:" + hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
+
+    def difference(self, other: ModelIdentity) -> str | None:
+        """How `other` is another model, in words, or None when it is the same.
+
+        Names and context limits may differ, and so may rotary parameters that only one side spells
+        out: library versions write different defaults.
+        """
+        for name in ("architecture", "layers", "heads", "kv_heads", "head_dim", "weights"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} is {_short(mine)}, not {_short(theirs)}"
+        for key in self.rope.keys() & other.rope.keys():
+            if self.rope[key] != other.rope[key]:
+                return f"rope {key} is {self.rope[key]}, not {other.rope[key]}"
+        return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a plan was measured.
+
+    Attributes:
+        device: name of the device.
+        kind: torch device type, such as cpu or cuda.
+        dtype: floating-point type of the model, such as bfloat16.
+        engine: executor of the kernels.
+        versions: library to version.
+        batch: smallest and largest batch it was measured with.
+    """
+
+    device: str
+    kind: str
+    dtype: str
+    engine: str
+    versions: Mapping[str, str]
+    batch: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What prefill runs at some lengths.
+
+    Attributes:
+        context: first and last length, both included.
+        layers: for each layer, for each head, its approximation.
+    """
+
+    context: tuple[int, int]
+    layers: Assignment
+
+    def __post_init__(self) -> None:
+        low, high = self.context
+        if not 1 <= low <= high:
+            raise PlanError(
+                f"context must be [low, high] with 1 <= low <= high, got [{low}, {high}]"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An approximation for every head, per phase and context range, with its evidence.
+
+    Attributes:
+        model: the model it was made for.
+        target: the device it was measured on.
+        methods: short names of the approximations.
+        prefill: sections with disjoint contexts, ascending; empty when all is dense.
+        evidence: calibration, predictions, measurements, baselines: plain nested values.
+        fitted: what methods were fitted with, per layer.
+        digest: of the fitted data; None when there is none.
+    """
+
+    model: ModelIdentity
+    target: Target
+    methods: Mapping[str, Approximation]
+    prefill: tuple[Section, ...]
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    fitted: Fitted = field(default_factory=dict, compare=False, repr=False)
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "evidence", plain(dict(self.evidence), "evidence"))
+        if self.fitted and self.digest is None:
+            object.__setattr__(self, "digest", digest_of(_packed(self.fitted)))
+        known = set(self.methods.values())
+        previous = 0
+        for section in self.prefill:
+            if section.context[0] <= previous:
+                raise PlanError(
+                    f"prefill contexts must ascend without overlap, got {section.context[0]} after "
+                    f"{previous}"
+                )
+            previous = section.context[1]
+            check_assignment(section.layers, self.model)
+            for approximation in {a for row in section.layers for a in row} - known:
+                raise PlanError(f"{catalog.key(approximation)} has no name among the methods")
+
+    @classmethod
+    def from_assignment(
+        cls,
+        assignment: Sequence[Sequence[Approximation]],
+        *,
+        model: ModelIdentity,
+        target: Target,
+        context: tuple[int, int],
+        evidence: Mapping[str, Any] | None = None,
+        fitted: Fitted | None = None,
+    ) -> Self:
+        """A plan with one prefill section; its methods get names such as `window-128`."""
+        layers = tuple(tuple(row) for row in assignment)
+        names = method_names(a for row in layers for a in row)
+        used = _used(layers, fitted or {}, model)
+        return cls(model, target, names, (Section(context, layers),), evidence or {}, used)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan of a YAML file.
+
+        Raises:
+            PlanError: the file, or its fitted data, is missing, broken or changed; the message
+                names the place.
+        """
+        from attnplan.plan_file import parse
+
+        plan = parse(Path(path))
+        try:
+            plan.check_fitted()
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+        return plan
+
+    def save(self, path: str | Path, *, fitted: Fitted | None = None) -> None:
+        """Write the plan, replacing the file in one step, and its fitted data beside it.
+
+        Args:
+            path: the YAML file; fitted data goes to the same name with .safetensors.
+            fitted: replaces the plan's own fitted data.
+
+        Raises:
+            PlanError: a method needs fitted data that is not there.
+        """
+        from attnplan.plan_file import spell
+
+        path = Path(path)
+        plan = self
+        if fitted is not None:
+            plan = replace(self, fitted=fitted, digest=None)
+        plan.check_fitted()
+        data_file = path.with_suffix(".safetensors")
+        if data_file == path:
+            raise PlanError(f"{path}: a plan is YAML; .safetensors is the name of its fitted data")
+        text = spell(plan, data_file.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if plan.fitted:
+            _replace_file(data_file, _packed(plan.fitted))
+        _replace_file(path, text.encode())
+
+    def section(self, length: int) -> Section | None:
+        """The section for a prefill of `length` tokens, None where all is dense."""
+        for section in self.prefill:
+            if section.context[0] <= length <= section.context[1]:
+                return section
+        return None
+
+    def kernels(self, context: int | tuple[int, int]) -> Assignment:
+        """What every head of every layer runs at a length, or at all lengths of a range.
+
+        Raises:
+            PlanError: the plan changes inside the range.
+        """
+        low, high = (context, context) if isinstance(context, int) else context
+        section = self.section(low)
+        if section is None and not any(low < s.context[0] <= high for s in self.prefill):
+            return ((catalog.DENSE,) * self.model.heads,) * self.model.layers
+        if section is None or high > section.context[1]:
+            raise PlanError(
+                f"the plan changes between {low} and {high} tokens; ask for one section"
+            )
+        return section.layers
+
+    def check_fitted(self) -> None:
+        """Raises PlanError where a method needs fitted data that the plan does not have."""
+        needs = {a: needed_data(a, self.model) for a in set(self.methods.values())}
+        for i, section in enumerate(self.prefill):
+            for layer, row in enumerate(section.layers):
+                for approximation in dict.fromkeys(row):
+                    missing = needs[approximation] - set(self.fitted.get(layer, {}))
+                    if missing:
+                        raise PlanError(
+                            f"phases.prefill[{i}].layers.{layer}: {catalog.key(approximation)} "
+                            "needs fitted data "
+                            f"{sorted(missing)[0]!r}, which the plan does not have"
+                        )
+
+    def summary(self) -> str:
+        """One line for people: model, device, contexts and how many heads run what."""
+        model, target = self.model, self.target
+        parts = [f"{model.name} on {target.device} in {target.dtype}"]
+        for section in self.prefill:
+            names = {approximation: name for name, approximation in self.methods.items()}
+            counts: dict[str, int] = {}
+            for row in section.layers:
+                for approximation in row:
+                    counts[names[approximation]] = counts.get(names[approximation], 0) + 1
+            told = sorted(counts.items(), key=lambda item: -item[1])
+            shown = ", ".join(f"{name} in {count}" for name, count in told[:4])
+            more = f", {len(told) - 4} more methods" if len(told) > 4 else ""
+            low, high = section.context
+            parts.append(f"prefill of {low} to {high} tokens: {shown}{more} (heads)")
+        if not self.prefill:
+            parts.append("all dense")
+        return "; ".join(parts)
+
+
+def check_assignment(layers: Assignment, model: ModelIdentity) -> None:
+    """Raises PlanError unless there is an approximation for every head of every layer."""
+    if len(layers) != model.layers:
+        raise PlanError(f"plan has {len(layers)} layers, {model.name} has {model.layers}")
+    for layer, row in enumerate(layers):
+        if len(row) != model.heads:
+            raise PlanError(
+                f"layer {layer}: plan has {len(row)} heads, {model.name} has {model.heads}"
+            )
+
+
+def method_names(approximations: Iterable[Approximation]) -> dict[str, Approximation]:
+    """Short names: the method's, with the knobs in which the plan's uses of it differ."""
+    by_name: dict[str, list[Approximation]] = {}
+    for approximation in sorted(set(approximations), key=_order):
+        by_name.setdefault(approximation.name, []).append(approximation)
+    names: dict[str, Approximation] = {}
+    for name, group in by_name.items():
+        knobs = [_knobs(a) for a in group]
+        differing = [k for k in knobs[0] if len({row[k] for row in knobs}) > 1]
+        for approximation, row in zip(group, knobs, strict=True):
+            names["-".join([name, *(str(row[k]) for k in differing)])] = approximation
+    return names
+
+
+def needed_data(approximation: Approximation, model: ModelIdentity) -> set[str]:
+    """Names of the fitted tensors that an approximation reads."""
+    parts = [approximation.near] + ([approximation.far] if approximation.far else [])
+    return set().union(*(_data_names(type(part), model.head_dim) for part in parts))
+
+
+@cache
+def _data_names(method: type[Selector] | type[Compressor], head_dim: int) -> frozenset[str]:
+    """What a method fits, found by fitting it to one head of white noise."""
+    mean, gram = torch.zeros(1, head_dim), torch.eye(head_dim)[None]
+    return frozenset(method.fit(Moments(mean, gram, mean, gram)))
+
+
+def _knobs(approximation: Approximation) -> dict[str, Any]:
+    spelled = catalog.to_dict(approximation)
+    return {
+        f"{side}.{knob}": value
+        for side, fields in spelled.items()
+        for knob, value in fields.items()
+        if knob != "name"
+    }
+
+
+def _order(approximation: Approximation) -> tuple[Any, ...]:
+    return not approximation.is_dense, approximation.name, *_knobs(approximation).values()
+
+
+def _used(layers: Assignment, fitted: Fitted, model: ModelIdentity) -> dict[int, dict[str, Tensor]]:
+    """The fitted tensors that some head reads."""
+    needs = {a: needed_data(a, model) for row in layers for a in row} if fitted else {}
+    used: dict[int, dict[str, Tensor]] = {}
+    for layer, row in enumerate(layers):
+        names = set().union(*(needs[a] for a in row)) if fitted else set()
+        kept = {k: v for k, v in fitted.get(layer, {}).items() if k in names}
+        if kept:
+            used[layer] = kept
+    return used
+
+
+def _packed(fitted: Fitted) -> bytes:
+    tensors = {
+        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        for layer, row in sorted(fitted.items())
+        for name, tensor in sorted(row.items())
+    }
+    return safetensors.torch.save(tensors)
+
+
+def digest_of(data: bytes) -> str:
+    """How plans write the digest of a file."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Readers see the old file or the new one, never a half-written one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:20] + "..."

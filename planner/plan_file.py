@@ -1,0 +1,228 @@
+"""A plan to YAML text and back: the format of `attnplan.plan`, with errors that name the place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from attnplan.kernels import catalog
+from attnplan.kernels.approximation import Approximation
+from attnplan.plan import Assignment, ModelIdentity, Plan, Section, Target, digest_of
+from attnplan.plan_yaml import (
+    Entry,
+    Flow,
+    FlowList,
+    parse_ranges,
+    plain,
+    ranges,
+    read,
+    readable,
+    write,
+)
+
+VERSION = 1
+
+
+def spell(plan: Plan, data_file: str) -> str:
+    """The YAML text of a plan whose fitted data is called `data_file`."""
+    model = {("context" if k == "max_context" else k): v for k, v in asdict(plan.model).items()}
+    data: dict[str, Any] = {"attnplan": VERSION}
+    data["model"] = readable(plain(model, "model"))
+    data["target"] = readable(plain(asdict(plan.target), "target"))
+    data["methods"] = {n: readable(catalog.to_dict(a)) for n, a in plan.methods.items()}
+    data["methods"] = {n: Flow(d) for n, d in data["methods"].items()}
+    names: dict[Approximation, str] = {}
+    for name, approximation in plan.methods.items():
+        names.setdefault(approximation, name)
+    sections = [
+        {"context": FlowList(s.context), "layers": _spell_layers(s.layers, names)}
+        for s in plan.prefill
+    ]
+    data["phases"] = {"prefill": sections or "dense", "decode": "dense"}
+    if plan.digest is not None:
+        data["data"] = Flow(file=data_file, digest=plan.digest)
+    data["evidence"] = readable(plan.evidence)
+    return f"# attnplan: {plan.summary()}\n" + write(data)
+
+
+def _spell_layers(layers: Assignment, names: Mapping[Approximation, str]) -> dict[int | str, Any]:
+    """Identical layers share a line."""
+    same: dict[tuple[Approximation, ...], list[int]] = {}
+    for layer, row in enumerate(layers):
+        same.setdefault(row, []).append(layer)
+    spelled: dict[int | str, Any] = {}
+    for row, numbers in same.items():
+        heads: dict[str, list[int]] = {}
+        for head, approximation in enumerate(row):
+            heads.setdefault(names[approximation], []).append(head)
+        only = len(heads) == 1
+        line = next(iter(heads)) if only else Flow({n: ranges(h) for n, h in heads.items()})
+        spelled[ranges(numbers)] = line
+    return spelled
+
+
+def parse(path: Path) -> Plan:
+    """The plan of a YAML file, its structure checked entry by entry.
+
+    Raises:
+        PlanError: the message names the file, the place and the line.
+    """
+    top = read(path)
+    if not isinstance(top.value, dict) or "attnplan" not in top.value:
+        raise top.error("this is no plan: the key `attnplan: 1` is missing")
+    version = top.value["attnplan"]
+    if version.value != VERSION:
+        raise version.error(
+            f"version {version.plain()!r} is unknown; this attnplan reads {VERSION}"
+        )
+    fields = top.fields(("attnplan", "model", "target", "methods", "phases"), ("data", "evidence"))
+    model = _parse_model(fields["model"])
+    methods = {str(name): _parse_method(entry) for name, entry in fields["methods"].items()}
+    phases = fields["phases"].fields(("prefill",), ("decode",))
+    if "decode" in phases and phases["decode"].value != "dense":
+        raise phases["decode"].error("decoding runs dense attention in this version; write dense")
+    sections: list[Section] = []
+    if phases["prefill"].value != "dense":
+        for entry in phases["prefill"].entries():
+            sections.append(_parse_section(entry, methods, model, sections))
+    evidence = fields.get("evidence")
+    if evidence is not None and not isinstance(evidence.value, dict):
+        raise evidence.error("must be a mapping")
+    digest, fitted = _parse_data(fields.get("data"), path, model)
+    return Plan(
+        model,
+        _parse_target(fields["target"]),
+        methods,
+        tuple(sections),
+        {} if evidence is None else evidence.plain(),
+        fitted,
+        digest,
+    )
+
+
+def _parse_model(entry: Entry) -> ModelIdentity:
+    sizes = ("layers", "heads", "kv_heads", "head_dim")
+    fields = entry.fields(("name", "architecture", *sizes, "rope", "weights"), ("context",))
+    rope = dict(fields["rope"].items())
+    limit = fields.get("context")
+    return ModelIdentity(
+        name=fields["name"].text(),
+        architecture=fields["architecture"].text(),
+        **{size: fields[size].integer(1) for size in sizes},
+        rope={key: value.plain() for key, value in rope.items()},
+        max_context=None if limit is None or limit.value is None else limit.integer(1),
+        weights=fields["weights"].text(),
+    )
+
+
+def _parse_target(entry: Entry) -> Target:
+    words = ("device", "kind", "dtype", "engine")
+    fields = entry.fields((*words, "versions", "batch"))
+    return Target(
+        **{word: fields[word].text() for word in words},
+        versions={str(key): value.text() for key, value in fields["versions"].items()},
+        batch=fields["batch"].pair(1),
+    )
+
+
+def _parse_method(entry: Entry) -> Approximation:
+    try:
+        return catalog.from_dict(entry.plain())
+    except ValueError as error:
+        raise entry.error(str(error)) from None
+
+
+def _parse_section(
+    entry: Entry,
+    methods: Mapping[str, Approximation],
+    model: ModelIdentity,
+    before: Sequence[Section],
+) -> Section:
+    fields = entry.fields(("context", "layers"))
+    context = fields["context"].pair(1)
+    if before and context[0] <= before[-1].context[1]:
+        raise fields["context"].error(
+            f"starts at {context[0]}, but the section before it ends at {before[-1].context[1]}"
+        )
+    if model.max_context is not None and context[1] > model.max_context:
+        raise fields["context"].error(
+            f"{context[1]} tokens is longer than the model's context of {model.max_context}"
+        )
+    rows: dict[int, tuple[Approximation, ...]] = {}
+    for key, value in fields["layers"].items():
+        row = _parse_row(value, methods, model.heads)
+        for layer in _parse_ranges(value, key, model.layers, "layer"):
+            if layer in rows:
+                raise value.error(f"layer {layer} is listed twice")
+            rows[layer] = row
+    for layer in range(model.layers):
+        if layer not in rows:
+            raise fields["layers"].error(f"layer {layer} is missing")
+    return Section(context, tuple(rows[layer] for layer in range(model.layers)))
+
+
+def _parse_row(
+    entry: Entry, methods: Mapping[str, Approximation], heads: int
+) -> tuple[Approximation, ...]:
+    if isinstance(entry.value, str):
+        return (_named(entry, entry.value, methods),) * heads
+    row: dict[int, Approximation] = {}
+    for name, value in entry.items():
+        approximation = _named(entry, name, methods)
+        for head in _parse_ranges(entry, value.plain(), heads, "head"):
+            if head in row:
+                raise entry.error(f"head {head} is listed twice")
+            row[head] = approximation
+    for head in range(heads):
+        if head not in row:
+            raise entry.error(f"head {head} is missing")
+    return tuple(row[head] for head in range(heads))
+
+
+def _named(entry: Entry, name: Any, methods: Mapping[str, Approximation]) -> Approximation:
+    if name not in methods:
+        raise entry.error(f"unknown method {name!r}; known here: {', '.join(methods)}")
+    return methods[name]
+
+
+def _parse_ranges(entry: Entry, value: Any, count: int, word: str) -> list[int]:
+    try:
+        return parse_ranges(value, count, word)
+    except ValueError as error:
+        raise entry.error(str(error)) from None
+
+
+def _parse_data(
+    entry: Entry | None, path: Path, model: ModelIdentity
+) -> tuple[str | None, dict[int, dict[str, Tensor]]]:
+    """The digest and content of the file of fitted data."""
+    if entry is None:
+        return None, {}
+    fields = entry.fields(("file", "digest"))
+    name, digest = fields["file"].text(), fields["digest"].text()
+    if Path(name).name != name:
+        raise fields["file"].error(f"must be a file beside the plan, got {name!r}")
+    try:
+        content = (path.parent / name).read_bytes()
+    except OSError:
+        raise fields["file"].error(
+            f"{name} is not beside the plan; its methods were fitted and need it"
+        ) from None
+    if digest_of(content) != digest:
+        raise fields["digest"].error(f"{name} has changed: its digest is {digest_of(content)}")
+    fitted: dict[int, dict[str, Tensor]] = {}
+    try:
+        for key, tensor in safetensors.torch.load(content).items():
+            layer, _, tensor_name = key.partition(".")
+            if not layer.isdecimal() or int(layer) >= model.layers:
+                raise fields["file"].error(f"{name}: tensor {key!r} belongs to no layer")
+            fitted.setdefault(int(layer), {})[tensor_name] = tensor
+    except SafetensorError as error:
+        raise fields["file"].error(f"{name} is no safetensors file: {error}") from None
+    return digest, fitted
