@@ -12,6 +12,11 @@
 //
 // Softmax is online: a row carries (shift, mass, numerator), natural logarithms, float32. Built
 // without -ffast-math: -inf and NaN keep their meaning.
+//
+// bfloat16 inputs on a processor that multiplies bfloat16 (AVX512-BF16, and AMX where the system
+// grants it) take the same ways with pairs of bfloat16 in place of each float32 of a packed tile.
+// Products of inputs are then exact and sums float32; only the exponentials that weigh the values
+// are rounded to bfloat16, as in torch's own flash attention.
 
 #include <algorithm>
 #include <atomic>
@@ -21,7 +26,21 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
+
+#if defined(__AVX512BF16__)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__) && PAIRS
+#define AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define AMX 0
+#endif
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -158,6 +177,22 @@ inline void put(Float16* p, float x) {  // round to nearest even, subnormals inc
 
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 
+inline ivec lane_bits() {
+    ivec bits;
+    for (int i = 0; i < W; i++) bits[i] = 1 << i;
+    return bits;
+}
+
+inline bool any_above(vec x, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GT_OQ);
+#else
+    bool any = false;
+    for (int i = 0; i < W; i++) any |= x[i] > bound;
+    return any;
+#endif
+}
+
 inline float reduce_max(vec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);
@@ -286,9 +321,144 @@ inline void product(int64_t rows, int64_t depth, int64_t vectors, const float* a
         }
 }
 
+// Products of bfloat16 pairs ---------------------------------------------------------------------
+//
+// a: rows of 2 * pairs bfloat16, read as 32-bit pairs. b: [pairs, columns] of 32-bit pairs.
+
+#if PAIRS
+template <int NV>
+inline void pair_block(int64_t pairs, const float* a, int64_t lda, const float* b, int64_t ldb,
+                       float* c, int64_t ldc, bool add) {
+    __m512 sum[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++)
+            sum[r][n] = add ? (__m512)load(c + r * ldc + n * W) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; k++) {
+        vec column[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) column[n] = load(b + k * ldb + n * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32((int)bits_of(a[r * lda + k]));
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++)
+                sum[r][n] = _mm512_dpbf16_ps(sum[r][n], pair, (__m512bh)column[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) store(c + r * ldc + n * W, (vec)sum[r][n]);
+}
+#endif
+
+#if AMX
+#define TILE_LOAD(t, p, stride) \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"((int64_t)(stride)) : "memory")
+#define TILE_STORE(t, p, stride) \
+    asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((int64_t)(stride)) : "memory")
+#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
+#define TILE_PRODUCT(c, a, b) \
+    asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+
+// 16 rows; NV groups of 16 columns; `pairs` is a multiple of 16.
+template <int NV>
+inline void tile_block(int64_t pairs, const float* a, int64_t lda, const float* b, int64_t ldb,
+                       float* c, int64_t ldc, bool add) {
+    lda *= 4, ldb *= 4, ldc *= 4;
+    if (add) {
+        TILE_LOAD(0, c, ldc);
+        if (NV > 1) TILE_LOAD(1, c + 16, ldc);
+        if (NV > 2) TILE_LOAD(2, c + 32, ldc);
+        if (NV > 3) TILE_LOAD(3, c + 48, ldc);
+    } else {
+        TILE_ZERO(0);
+        if (NV > 1) TILE_ZERO(1);
+        if (NV > 2) TILE_ZERO(2);
+        if (NV > 3) TILE_ZERO(3);
+    }
+    for (int64_t k = 0; k < pairs; k += 16) {
+        const float* row = b + k * (ldb / 4);
+        TILE_LOAD(4, a + k, lda);
+        TILE_LOAD(5, row, ldb);
+        TILE_PRODUCT(0, 4, 5);
+        if (NV > 1) {
+            TILE_LOAD(6, row + 16, ldb);
+            TILE_PRODUCT(1, 4, 6);
+        }
+        if (NV > 2) {
+            TILE_LOAD(7, row + 32, ldb);
+            TILE_PRODUCT(2, 4, 7);
+        }
+        if (NV > 3) {
+            TILE_LOAD(5, row + 48, ldb);
+            TILE_PRODUCT(3, 4, 5);
+        }
+    }
+    TILE_STORE(0, c, ldc);
+    if (NV > 1) TILE_STORE(1, c + 16, ldc);
+    if (NV > 2) TILE_STORE(2, c + 32, ldc);
+    if (NV > 3) TILE_STORE(3, c + 48, ldc);
+}
+
+// Asks the system once for the tile registers.
+bool tiles_granted() {
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+    return granted;
+}
+
+void configure_tiles() {  // eight tiles of 16 rows of 64 bytes
+    alignas(64) uint8_t config[64] = {1};
+    for (int t = 0; t < 8; t++) {
+        config[16 + 2 * t] = 64;
+        config[48 + t] = 16;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+}
+
+void release_tiles() { asm volatile("tilerelease" ::); }
+#else
+bool tiles_granted() { return false; }
+void configure_tiles() {}
+void release_tiles() {}
+#endif
+
+// C = A B or C += A B for one group of 16 rows, all of which the buffers hold.
+inline void pair_product(bool tiles, int64_t rows, int64_t pairs, int64_t vectors, const float* a,
+                         int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+#if AMX
+    if (tiles) {
+        for (int64_t n = 0; n < vectors; n += 4) {
+            const float* bn = b + n * W;
+            float* cn = c + n * W;
+            switch (std::min<int64_t>(4, vectors - n)) {
+                case 1: tile_block<1>(pairs, a, lda, bn, ldb, cn, ldc, add); break;
+                case 2: tile_block<2>(pairs, a, lda, bn, ldb, cn, ldc, add); break;
+                case 3: tile_block<3>(pairs, a, lda, bn, ldb, cn, ldc, add); break;
+                default: tile_block<4>(pairs, a, lda, bn, ldb, cn, ldc, add);
+            }
+        }
+        return;
+    }
+#endif
+#if PAIRS
+    for (int64_t n = 0; n < vectors; n += 2)
+        for (int64_t r = 0; r < rows; r += R) {
+            const float *ar = a + r * lda, *bn = b + n * W;
+            float* cn = c + r * ldc + n * W;
+            if (n + 1 < vectors)
+                pair_block<2>(pairs, ar, lda, bn, ldb, cn, ldc, add);
+            else
+                pair_block<1>(pairs, ar, lda, bn, ldb, cn, ldc, add);
+        }
+#endif
+}
+
 // Packing ---------------------------------------------------------------------------------------
 
-inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+inline int64_t padded(int64_t n, int64_t unit = W) { return (n + unit - 1) / unit * unit; }
 
 // 64 rows (null: zeros) to [head_dim, 64].
 template <class T>
@@ -311,6 +481,35 @@ void pack_values(const T* const* rows, int64_t value_dim, float* out) {
         for (int64_t k = 0; k < value_dim; k += W)
             store(out + j * padded(value_dim) + k,
                   rows[j] ? load_first(rows[j] + k, value_dim - k) : vec{});
+}
+
+// W 32-bit pairs of one row, of which `left` bfloat16 exist.
+inline vec load_pairs(const BFloat16* p, int64_t left) {
+    float part[W] = {};
+    std::memcpy(part, p, std::min<int64_t>(2 * W, std::max<int64_t>(left, 0)) * 2);
+    return load(part);
+}
+
+// 64 rows (null: zeros) to 32-bit pairs [padded(head_dim, 32) / 2, 64].
+void pack_key_pairs(const BFloat16* const* rows, int64_t head_dim, float* out) {
+    for (int64_t j = 0; j < BLOCK; j += W)
+        for (int64_t k = 0; k < padded(head_dim, 32); k += 2 * W) {
+            vec x[W];
+            for (int i = 0; i < W; i++)
+                x[i] = rows[j + i] ? load_pairs(rows[j + i] + k, head_dim - k) : vec{};
+            transpose(x);
+            for (int i = 0; i < W; i++) store(out + (k / 2 + i) * BLOCK + j, x[i]);
+        }
+}
+
+// 64 rows (null: zeros) to pairs of rows [32, padded(value_dim)].
+void pack_value_pairs(const BFloat16* const* rows, int64_t value_dim, float* out) {
+    for (int64_t j = 0; j < BLOCK; j += 2)
+        for (int64_t k = 0; k < value_dim; k += W) {
+            vec even = rows[j] ? load_first(rows[j] + k, value_dim - k) : vec{};
+            vec odd = rows[j + 1] ? load_first(rows[j + 1] + k, value_dim - k) : vec{};
+            store(out + j / 2 * padded(value_dim) + k, (vec)((uvec)odd | (uvec)even >> 16));
+        }
 }
 
 // What is known of a mask before any tile is read.
@@ -359,7 +558,11 @@ class Engine {
           slot_tiles(c.slots / BLOCK),
           dq(padded(c.head_dim)),
           dv(padded(c.value_dim)),
-          scale((float)c.scale) {}
+          pairs(padded(c.head_dim, 32) / 2),
+          key_floats((PAIRED ? pairs : c.head_dim) * BLOCK),
+          per_tile(key_floats + (PAIRED ? BLOCK / 2 : BLOCK) * dv),
+          scale((float)c.scale),
+          tiles(PAIRED && tiles_granted()) {}
 
     int run() {
         if (int status = plan()) return status;
@@ -367,8 +570,8 @@ class Engine {
         int64_t used = 0;
         for (int64_t i = 0; i < pool + slot_pool; i++)
             if (place[i]) place[i] = ++used;  // 1-based
-        per_tile = c.head_dim * BLOCK + BLOCK * dv;
-        int64_t per_thread = BLOCK * (dq + dv + W) + GROUP * BLOCK + 3 * BLOCK + 2 * CHUNK + per_tile;
+        int64_t per_thread =
+            BLOCK * (dq + dv + W + pairs) + 2 * GROUP * BLOCK + 2 * BLOCK + 2 * CHUNK + per_tile;
         float* memory = allocate(used * per_tile + c.threads * per_thread);
         if (!memory) return NO_MEMORY;
         packed = memory;
@@ -384,7 +587,9 @@ class Engine {
                 }
 #pragma omp barrier
             Scratch own(scratch + (workers++) * per_thread, *this);
+            if (tiles) configure_tiles();
             for (int64_t i; (i = next_item++) < items;) block(order[i], own);
+            if (tiles) release_tiles();
         }
         std::free(memory);
         return OK;
@@ -392,25 +597,31 @@ class Engine {
 
   private:
     const Call& c;
-    int64_t key_tiles, slot_tiles, dq, dv, per_tile = 0;
+    static constexpr bool PAIRED = PAIRS && std::is_same_v<T, BFloat16>;
+    static constexpr int NV = BLOCK / W;  // vectors in a row of a tile
+    int64_t key_tiles, slot_tiles;
+    int64_t dq, dv, pairs;         // padded head_dim, value_dim; bfloat16 pairs per query row
+    int64_t key_floats, per_tile;  // of a packed tile
     float scale;
+    bool tiles;  // AMX
     float* packed = nullptr;
     std::vector<MaskFacts> facts;
     std::vector<int32_t> place;  // of every key tile, then of every slot tile: 0, or 1 + its slot
     std::vector<int64_t> order;  // CSR rows, longest first
 
     struct Scratch {
-        float *query, *output, *mass, *score, *shift, *alpha, *single, *exponent, *tile;
+        float *query, *output, *mass, *pairs, *score, *weight, *shift, *alpha, *single, *tile;
         int32_t ids[CHUNK + W];
         Scratch(float* p, const Engine& e) {
             query = p;
             output = query + BLOCK * e.dq;
             mass = output + BLOCK * e.dv;
-            score = mass + BLOCK * W;
-            shift = score + GROUP * BLOCK;
+            pairs = mass + BLOCK * W;
+            score = pairs + BLOCK * e.pairs;
+            weight = score + GROUP * BLOCK;
+            shift = weight + GROUP * BLOCK;
             alpha = shift + BLOCK;
-            exponent = alpha + BLOCK;
-            single = exponent + BLOCK;
+            single = alpha + BLOCK;
             tile = single + 2 * CHUNK;
         }
     };
@@ -476,6 +687,16 @@ class Engine {
         return (const T*)s.data + b * s.batch + h * s.head + row * s.row;
     }
 
+    void pack(const T* const* key, const T* const* value, float* to) const {
+        if constexpr (PAIRED) {
+            pack_key_pairs(key, c.head_dim, to);
+            pack_value_pairs(value, c.value_dim, to + key_floats);
+        } else {
+            pack_keys(key, c.head_dim, to);
+            pack_values(value, c.value_dim, to + key_floats);
+        }
+    }
+
     void pack_contiguous(int64_t i, float* to) const {
         int64_t b = i / key_tiles / c.kv_heads, h = i / key_tiles % c.kv_heads;
         const T *key[BLOCK], *value[BLOCK];
@@ -484,8 +705,7 @@ class Engine {
             key[j] = position < c.keys ? at(c.key, b, h, position) : nullptr;
             value[j] = position < c.keys ? at(c.value, b, h, position) : nullptr;
         }
-        pack_keys(key, c.head_dim, to);
-        pack_values(value, c.value_dim, to + c.head_dim * BLOCK);
+        pack(key, value, to);
     }
 
     void pack_slots(int64_t i, float* to) const {
@@ -494,8 +714,24 @@ class Engine {
             key[j] = c.slot_key + (i * BLOCK + j) * c.head_dim;
             value[j] = c.slot_value + (i * BLOCK + j) * c.value_dim;
         }
-        pack_keys(key, c.head_dim, to);
-        pack_values(value, c.value_dim, to + c.head_dim * BLOCK);
+        if constexpr (PAIRED) {
+            const T *narrow_key[BLOCK], *narrow_value[BLOCK];
+            std::vector<T> keys = narrowed(key, c.head_dim, narrow_key);
+            std::vector<T> values = narrowed(value, c.value_dim, narrow_value);
+            pack(narrow_key, narrow_value, to);
+        } else {
+            pack_keys(key, c.head_dim, to);
+            pack_values(value, c.value_dim, to + key_floats);
+        }
+    }
+
+    static std::vector<T> narrowed(const float* const* rows, int64_t width, const T** out) {
+        std::vector<T> copy(BLOCK * width);
+        for (int64_t j = 0; j < BLOCK; j++) {
+            for (int64_t k = 0; k < width; k++) put(&copy[j * width + k], rows[j][k]);
+            out[j] = &copy[j * width];
+        }
+        return copy;
     }
 
     // Which columns of a tile hold a key.
@@ -522,9 +758,8 @@ class Engine {
                 key[j] = on ? at(c.key, b, kv, ids[j]) : nullptr;
                 value[j] = on ? at(c.value, b, kv, ids[j]) : nullptr;
             }
-            pack_keys(key, c.head_dim, s.tile);
-            pack_values(value, c.value_dim, s.tile + c.head_dim * BLOCK);
-            return {s.tile, s.tile + c.head_dim * BLOCK, nullptr, nullptr, valid};
+            pack(key, value, s.tile);
+            return {s.tile, s.tile + key_floats, nullptr, nullptr, valid};
         }
         int64_t i = (b * c.kv_heads + kv) * key_tiles + tile[1];
         const float *log_weight = nullptr, *weight = nullptr;
@@ -535,18 +770,26 @@ class Engine {
             weight = c.slot_weight + slot_row * c.slots + tile[1] * BLOCK;
         }
         const float* key = packed + (place[i] - 1) * per_tile;
-        return {key, key + c.head_dim * BLOCK, log_weight, weight, valid};
+        return {key, key + key_floats, log_weight, weight, valid};
     }
 
     void block(int64_t row, Scratch& s) const {
         int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads;
         int64_t first = row % c.blocks * BLOCK, rows = rows_of(row);
-        int64_t whole = (rows + R - 1) / R * R;
+        int64_t whole = padded(rows, GROUP);
         for (int64_t r = 0; r < whole; r++)
             for (int64_t k = 0; k < dq; k += W)
                 store(s.query + r * dq + k,
                       r < rows ? load_first(at(c.query, b, h, first + r) + k, c.head_dim - k) * scale
                                : vec{});
+        if constexpr (PAIRED)
+            for (int64_t r = 0; r < whole; r++)
+                for (int64_t k = 0; k < pairs; k += W) {
+                    vec x = r < rows ? load_pairs(at(c.query, b, h, first + r) + 2 * k,
+                                                  c.head_dim - 2 * k)
+                                     : vec{};
+                    store(s.pairs + r * pairs + k, x);
+                }
         std::fill(s.output, s.output + whole * dv, 0.f);
         std::fill(s.mass, s.mass + whole * W, 0.f);
         std::fill(s.shift, s.shift + BLOCK, NONE);
@@ -587,49 +830,82 @@ class Engine {
             }
             int64_t low, high;
             column_range(any, low, high);
-            product(count, c.head_dim, high - low, s.query + g * dq, dq, tile.key + low * W, BLOCK,
-                    s.score + low * W, BLOCK, nullptr);
-            for (int64_t r = 0; r < count; r++)
-                softmax(tile, words ? words[g + r] & tile.valid : tile.valid, low, high, g + r,
-                        s.score + r * BLOCK, s);
-            for (int64_t r = 0; r < count; r += W)
-                store(s.alpha + r, exponential(load(s.exponent + r)));
-            for (int64_t r = 0; r < count; r++)
-                store(s.mass + (g + r) * W,
-                      load(s.mass + (g + r) * W) * s.alpha[r] + load_row_mass(s, r));
-            product(count, (high - low) * W, dv / W, s.score + low * W, BLOCK,
-                    tile.value + low * W * dv, dv, s.output + g * dv, dv, s.alpha);
+            if constexpr (PAIRED) {
+                pair_product(tiles, count, pairs, high - low, s.pairs + g * pairs, pairs,
+                             tile.key + low * W, BLOCK, s.score + low * W, BLOCK, false);
+            } else {
+                product(count, c.head_dim, high - low, s.query + g * dq, dq, tile.key + low * W,
+                        BLOCK, s.score + low * W, BLOCK, nullptr);
+            }
+            bool plain = !words && !tile.log_weight && tile.valid == ~0ull;
+            for (int64_t r = 0; r < count; r++) {
+                if (plain)
+                    softmax<true>(tile, ~0ull, 0, NV, g + r, s);
+                else
+                    softmax<false>(tile, words ? words[g + r] & tile.valid : tile.valid, low, high,
+                                   g + r, s);
+            }
+            float* output = s.output + g * dv;
+            if constexpr (PAIRED) {
+                for (int64_t r = 0; r < count; r++)
+                    if (s.alpha[r] != 1)
+                        for (int64_t k = 0; k < dv; k += W)
+                            store(output + r * dv + k, load(output + r * dv + k) * s.alpha[r]);
+                int64_t from = low / 2, to = (high + 1) / 2;  // in 32 keys
+                pair_product(tiles, count, (to - from) * W, dv / W, s.weight + from * W, BLOCK / 2,
+                             tile.value + from * W * dv, dv, output, dv, true);
+            } else {
+                product(count, (high - low) * W, dv / W, s.score + low * W, BLOCK,
+                        tile.value + low * W * dv, dv, output, dv, s.alpha);
+            }
         }
     }
 
-    static vec load_row_mass(const Scratch& s, int64_t r) { return load(s.single + r * W); }
-
-    // Scores of one row to exponentials; leaves the old shift minus the new one, and the mass.
+    // Scores of one row to exponentials; moves the row's shift and mass, and leaves in alpha what
+    // its numerator must be multiplied by.
+    template <bool PLAIN>
     void softmax(const Packed& tile, uint64_t word, int64_t low, int64_t high, int64_t row,
-                 float* score, Scratch& s) const {
-        ivec lanes;
-        for (int i = 0; i < W; i++) lanes[i] = 1 << i;
-        vec best = splat(s.shift[row]);
+                 Scratch& s) const {
+        float* score = s.score + row % GROUP * BLOCK;
+        vec x[NV], best = splat(s.shift[row]);
+        if (PLAIN) low = 0, high = NV;
         for (int64_t n = low; n < high; n++) {
-            vec x = load(score + n * W);
-            if (tile.log_weight) x += load(tile.log_weight + n * W);
-            if (word != ~0ull) {
-                ivec on = (isplat((int32_t)(word >> (n * W))) & lanes) != 0;
-                x = on ? x : splat(NONE);
+            x[n] = load(score + n * W);
+            if (PAIRED) x[n] *= scale;
+            if (!PLAIN) {
+                if (tile.log_weight) x[n] += load(tile.log_weight + n * W);
+                ivec on = (isplat((int32_t)(word >> (n * W))) & lane_bits()) != 0;
+                x[n] = on ? x[n] : splat(NONE);
             }
-            store(score + n * W, x);
-            best = max(best, x);
+            best = max(best, x[n]);
         }
-        float top = reduce_max(best), shift = top == NONE ? 0.f : top;
+        float old = s.shift[row], top = old;
+        if (any_above(best, old)) top = reduce_max(best);
+        float shift = top == NONE ? 0.f : top;
         vec mass = {};
         for (int64_t n = low; n < high; n++) {
-            vec p = exponential(load(score + n * W) - shift);
-            store(score + n * W, p);
-            mass += tile.weight ? p * load(tile.weight + n * W) : p;
+            x[n] = exponential(x[n] - shift);
+            mass += !PLAIN && tile.weight ? x[n] * load(tile.weight + n * W) : x[n];
         }
-        s.exponent[row % GROUP] = s.shift[row] - shift;
-        store(s.single + row % GROUP * W, mass);
+        float alpha = top == old ? 1.f : old == NONE ? 0.f : std::exp(old - shift);
+        store(s.mass + row * W, load(s.mass + row * W) * alpha + mass);
         s.shift[row] = top;
+        s.alpha[row % GROUP] = alpha;
+        if constexpr (PAIRED)
+            store_weights(x, low, high, s.weight + row % GROUP * (BLOCK / 2));
+        else
+            for (int64_t n = low; n < high; n++) store(score + n * W, x[n]);
+    }
+
+    // To bfloat16, over whole groups of 32 keys.
+    static void store_weights(const vec* x, int64_t low, int64_t high, float* to) {
+#if PAIRS
+        for (int64_t n = low / 2 * 2; n < (high + 1) / 2 * 2; n += 2) {
+            __m512 first = n >= low ? (__m512)x[n] : _mm512_setzero_ps();
+            __m512 second = n + 1 < high ? (__m512)x[n + 1] : _mm512_setzero_ps();
+            store(to + n * W / 2, (vec)_mm512_cvtne2ps_pbh(second, first));
+        }
+#endif
     }
 
     // The keys that one row reads through the sparse tiles of its block.
