@@ -1,0 +1,255 @@
+"""Apply plans to models: patch, unpatch and load.
+
+    from attnplan.patch import applied, load, patch, unpatch
+
+    with applied(model, Plan.load("plan.yaml")):
+        model.generate(**inputs)
+
+Importing this module also registers `attnplan` with transformers, so that
+`from_pretrained(..., attn_implementation="attnplan")` works for a model directory that holds its
+plan as `attnplan.yaml` (see attnplan.runtime).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from attnplan.kernels.approximation import Approximation
+from attnplan.models import (
+    attention_sites,
+    identity,
+    implementations,
+    load_weights,
+    set_implementation,
+)
+from attnplan.plan import Assignment, Fitted, Plan, PlanError
+from attnplan.runtime import ATTRIBUTE, NAME, LayerState, ModelState, check_sliding
+
+
+def load(
+    model_id: str,
+    plan: Plan | str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    """A model that runs a plan.
+
+    Args:
+        model_id: a Hugging Face id, a local directory, a .gguf file, or `smollm2-135m`.
+        plan: the plan or its file.
+        dtype: of the model; by default the one that the plan was measured in.
+        device: by default the kind of device that the plan was measured on, if there is one here.
+        force: see `patch`.
+        trust_remote_code: run code that comes with the model.
+        device_map: as in transformers, for models that need several devices.
+
+    Raises:
+        PlanError: the plan is broken or belongs to another model.
+        ValueError: the model cannot be loaded.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if device is None:
+        there = plan.target.kind == "cuda" and torch.cuda.is_available()
+        device = "cuda" if there else "cpu"
+    model = load_weights(
+        model_id,
+        dtype=plan.target.dtype if dtype is None else dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+    )
+    return patch(model, plan, force=force)
+
+
+def patch(
+    model: PreTrainedModel, plan: Plan | str | Path, *, force: bool = False
+) -> PreTrainedModel:
+    """Run `model` under `plan` from now on.
+
+    All checks come before the first change. A model on another kind of device, or in another dtype,
+    than the plan was measured with gets a warning and runs dense.
+
+    Args:
+        model: changed in place.
+        plan: the plan or its file.
+        force: run the plan on another device or in another dtype too.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: the plan is broken or belongs to another model.
+        ValueError: attnplan cannot plan this model.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    found = identity(model)
+    difference = found.difference(plan.model)
+    if difference is not None:
+        raise PlanError(f"the plan is for {plan.model.name}, not for {found.name}: {difference}")
+    plan.check_fitted()
+    here = (model.device.type, str(model.dtype).removeprefix("torch."))
+    elsewhere = here != (plan.target.kind, plan.target.dtype) and not force
+    sections = [(section.context, section.layers) for section in plan.prefill]
+    _apply(model, sections, plan.fitted, elsewhere)
+    if elsewhere:
+        warnings.warn(
+            f"attnplan: the plan was measured on {plan.target.kind} in {plan.target.dtype}, this "
+            f"model is on {here[0]} in {here[1]}; dense attention runs instead, unless force=True",
+            stacklevel=2,
+        )
+    return model
+
+
+def patch_assignment(
+    model: PreTrainedModel,
+    layers: Sequence[Sequence[Approximation]],
+    fitted: Fitted | None = None,
+    *,
+    context: tuple[int, int | None] = (1, None),
+) -> PreTrainedModel:
+    """Run an assignment without a plan, as search and evaluation do.
+
+    Args:
+        model: changed in place; an earlier patch is replaced.
+        layers: for each layer, for each head, its approximation.
+        fitted: layer to what its methods were fitted with.
+        context: first and last length of a prefill that runs it; None for no upper limit.
+
+    Raises:
+        PlanError: the assignment does not fit the model.
+    """
+    assignment = tuple(tuple(row) for row in layers)
+    _apply(model, [(context, assignment)], fitted or {}, False)
+    return model
+
+
+def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+    """Leave the model exactly as it was before it was patched; no effect on an unpatched one."""
+    state = _state(model)
+    if state is not None:
+        for config, previous in state.previous:
+            config._attn_implementation_internal = previous
+        for module in model.modules():
+            module.__dict__.pop(ATTRIBUTE, None)
+    return model
+
+
+@contextmanager
+def applied(
+    model: PreTrainedModel, plan: Plan | str | Path, *, force: bool = False
+) -> Iterator[PreTrainedModel]:
+    """Run `model` under `plan` inside the `with` block, and leave it as it was afterwards."""
+    before = _state(model)
+    try:
+        yield patch(model, plan, force=force)
+    finally:
+        if before is None:
+            unpatch(model)
+        else:
+            _attach(model, before)
+
+
+def patched_stats(model: PreTrainedModel) -> dict[int, dict[str, int]]:
+    """Layer to reason to calls: 'plan', or why dense attention ran (attnplan.runtime.REASONS).
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return {layer: dict(counts) for layer, counts in enumerate(_patched(model).counts)}
+
+
+def reset_stats(model: PreTrainedModel) -> None:
+    """Start counting again."""
+    for counts in _patched(model).counts:
+        counts.clear()
+
+
+def _patched(model: PreTrainedModel) -> ModelState:
+    state = _state(model)
+    if state is None:
+        raise ValueError(f"this {type(model).__name__} is not patched")
+    return state
+
+
+def _state(model: PreTrainedModel) -> ModelState | None:
+    for module in model.modules():
+        layer: LayerState | None = module.__dict__.get(ATTRIBUTE)
+        if layer is not None:
+            return layer.model
+    return None
+
+
+def _apply(
+    model: PreTrainedModel,
+    sections: Sequence[tuple[tuple[int, int | None], Assignment]],
+    fitted: Fitted,
+    elsewhere: bool,
+) -> None:
+    """Check, then change, then prove by a forward pass that the change took."""
+    sites = attention_sites(model)
+    for _, assignment in sections:
+        if len(assignment) != len(sites):
+            raise PlanError(f"plan has {len(assignment)} layers, the model has {len(sites)}")
+        for layer, (row, site) in enumerate(zip(assignment, sites, strict=True)):
+            if len(row) != site.heads:
+                raise PlanError(
+                    f"layer {layer}: plan has {len(row)} heads, the model has {site.heads}"
+                )
+    before = _state(model)
+    previous = implementations(model) if before is None else before.previous
+    state = ModelState.of(sections, fitted, previous, len(sites), elsewhere)
+    windows = {layer: site.sliding_window for layer, site in enumerate(sites)}
+    check_sliding(state.contexts, state.kernels, windows)
+    if before is not None:
+        _attach(model, state)
+        return
+    try:
+        _attach(model, state)
+        set_implementation(model, NAME)
+        _dry_run(model, state)
+    except BaseException:
+        unpatch(model)
+        raise
+
+
+def _attach(model: PreTrainedModel, state: ModelState) -> None:
+    for layer, site in enumerate(attention_sites(model)):
+        setattr(model.get_submodule(site.name), ATTRIBUTE, LayerState(state, layer))
+
+
+def _dry_run(model: PreTrainedModel, state: ModelState) -> None:
+    """A forward pass over one token, which is dense everywhere, must reach every layer."""
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    for layer, counts in enumerate(state.counts):
+        if not counts:
+            raise PlanError(
+                f"layer {layer} of {type(model).__name__} did not call its planned attention"
+            )
+        counts.clear()
+
+
+class _CallableModule(ModuleType):
+    """Lets `attnplan.patch` be this module and the function: Python binds submodules by name."""
+
+    def __call__(
+        self, model: PreTrainedModel, plan: Plan | str | Path, *, force: bool = False
+    ) -> PreTrainedModel:
+        return patch(model, plan, force=force)
+
+
+sys.modules[__name__].__class__ = _CallableModule
