@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -84,14 +85,24 @@ def measure_layer(
     return interleaved(run, lambda: dense_attention(inputs), repeats)
 
 
-def interleaved(run: Callable[[], object], baseline: Callable[[], object], repeats: int) -> Timing:
-    """Time `run` and `baseline` in turn, after one warm-up run of each."""
-    run()
+def interleaved(
+    run: Callable[[], object],
+    baseline: Callable[[], object],
+    repeats: int,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Timing:
+    """Time `run` and `baseline` in turn, after one warm-up run of each.
+
+    `run` is called inside `context()`, whose entering and leaving are not timed.
+    """
+    with context():
+        run()
     baseline()
     times, bases = [], []
     for _ in range(repeats):
         bases.append(_timed(baseline))
-        times.append(_timed(run))
+        with context():
+            times.append(_timed(run))
     dense_ms = statistics.median(bases)
     ratios = sorted(t / b for t, b in zip(times, bases, strict=True))
     low, middle, high = (quantile(ratios, q) * dense_ms for q in (0.25, 0.5, 0.75))

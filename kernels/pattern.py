@@ -1,23 +1,58 @@
 """Static patterns: from a rule keep(i, j) on positions to a tile list.
 
-A static selector says with `keep(i, j)` which pairs it computes and with `reach(first, last)`
-which runs of keys may hold such pairs for the queries first..last. Only the tiles in those runs are
-evaluated, so no N x N mask appears. Positions count from the first token that is no padding.
+A static selector says with `rule(i, j)` which pairs it computes and with `reach(first, last)` which
+runs of keys may hold such pairs for the queries first..last. Only the tiles in those runs are
+evaluated, so no N x N mask appears, and each list is built once. Positions count from the first
+token that is no padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import abstractmethod
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Inputs
+from attnplan.kernels.approximation import AttentionShape, Inputs, Selector
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 
-Rule = Callable[[Tensor, Tensor], Tensor]
-Reach = Callable[[int, int], Iterable[tuple[int, int]]]
+
+class StaticPattern(Selector):
+    """A selector whose tile list depends on sizes and padding alone."""
+
+    static: ClassVar[bool] = True
+
+    @abstractmethod
+    def rule(self, i: Tensor, j: Tensor) -> Tensor:
+        """keep(i, j) for broadcastable positions; causality is added elsewhere."""
+
+    @abstractmethod
+    def reach(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        """Runs [low, high) of keys that hold every pair the queries first..last may keep."""
+
+    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
+        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+        wanted = tuple(blocks.tolist())
+        rows = [
+            _one_sequence(
+                self,
+                queries,
+                keys,
+                start,
+                wanted,
+                () if floor is None else tuple(floor[row].tolist()),
+            )
+            for row, start in enumerate(inputs.start)
+        ]
+        heads = inputs.query.shape[1]
+        return tile_list.stack_batch(rows).expand_heads(heads).to(inputs.query.device)
+
+    def keep(self, inputs: Inputs) -> Tensor:
+        return causal(inputs) & self.rule(*relative_positions(inputs))
 
 
 def causal(inputs: Inputs) -> Tensor:
@@ -35,52 +70,31 @@ def relative_positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return i, j
 
 
-def dense_mask(inputs: Inputs, rule: Rule) -> Tensor:
-    """The rule as a mask [batch, heads, queries, keys]: the definition, for oracles."""
-    i, j = relative_positions(inputs)
-    return causal(inputs) & rule(i, j)
-
-
-def static_tiles(
-    inputs: Inputs, blocks: Tensor, rule: Rule, reach: Reach, floor: Tensor | None = None
-) -> TileList:
-    """Tile list of a static pattern, the same for all heads.
-
-    Args:
-        inputs: the call; only sizes and padding are read.
-        blocks: indices of query blocks.
-        rule: keep(i, j) for broadcastable positions; causality is added here.
-        reach: runs [low, high) of keys to look at for the queries first..last.
-        floor: [batch, blocks], keys from here on are kept besides what the rule keeps.
-    """
-    parts: dict[tuple[int, tuple[int, ...]], TileList] = {}
-    rows = []
-    for b, start in enumerate(inputs.start):
-        floors = tuple(floor[b].tolist()) if floor is not None else ()
-        if (start, floors) not in parts:
-            parts[start, floors] = _one_sequence(inputs, blocks.cpu(), rule, reach, start, floors)
-        rows.append(parts[start, floors])
-    return tile_list.stack_batch(rows).expand_heads(inputs.query.shape[1]).to(inputs.query.device)
-
-
+@lru_cache(maxsize=512)
 def _one_sequence(
-    inputs: Inputs, blocks: Tensor, rule: Rule, reach: Reach, start: int, floors: tuple[int, ...]
+    pattern: StaticPattern,
+    queries: int,
+    keys: int,
+    start: int,
+    blocks: tuple[int, ...],
+    floors: tuple[int, ...],
 ) -> TileList:
-    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-    pairs = []  # (row, key block, floor)
-    for index, block in enumerate(blocks.tolist()):
-        first = inputs.offset + block * BLOCK - start
-        last = min(first + BLOCK, inputs.offset + queries - start) - 1
+    """The list of one head of one sequence; only tiles in reach are evaluated."""
+    offset = keys - queries
+    pairs = []  # (row, key block, first key that is kept anyway)
+    for index, block in enumerate(blocks):
+        first = offset + block * BLOCK - start
+        last = min(first + BLOCK, keys - start) - 1
         if last < 0:
             continue
-        runs = list(reach(max(first, 0), last))
+        runs = list(pattern.reach(max(first, 0), last))
         if floors:
             runs.append((floors[index] - start, last + 1))
         wanted: set[int] = set()
-        for low, high in runs:
-            low, high = max(low, 0) + start, min(high, last + 1) + start
-            if low < high:
-                wanted.update(range(low // BLOCK, (high - 1) // BLOCK + 1))
+        for begin, end in runs:
+            begin, end = max(begin, 0) + start, min(end, last + 1) + start
+            if begin < end:
+                wanted.update(range(begin // BLOCK, (end - 1) // BLOCK + 1))
         low_key = floors[index] if floors else keys
         pairs += [(index, tile, low_key) for tile in sorted(wanted)]
     if not pairs:
@@ -88,11 +102,11 @@ def _one_sequence(
     row, tile, low = torch.tensor(pairs).unbind(1)
 
     within = torch.arange(BLOCK)
-    query = blocks[row][:, None] * BLOCK + within  # [tiles, 64]
-    i = (query + inputs.offset - start)[:, :, None]
+    query = torch.tensor(blocks)[row][:, None] * BLOCK + within  # [tiles, 64]
+    i = (query + offset - start)[:, :, None]
     position = tile[:, None] * BLOCK + within
     j = (position - start)[:, None, :]
-    keep = rule(i, j) | (position >= low[:, None])[:, None, :]
+    keep = pattern.rule(i, j) | (position >= low[:, None])[:, None, :]
     keep = keep & (j <= i) & (j >= 0)
     real = query < queries
     words = tile_list.pack_bits(keep & real[:, :, None])  # [tiles, 64]

@@ -111,9 +111,20 @@ class TileList:
         """The same list for each of `heads` heads; this one must have a single head."""
         if self.heads != 1:
             raise ValueError(f"expand_heads needs a list of one head, got {self.heads}")
-        return stack_heads([((h,), self) for h in range(heads)], heads)
+        if heads == 1:
+            return self
+        if self.batch > 1:
+            return stack_heads([((h,), self) for h in range(heads)], heads)
+        count = self.tiles.shape[0]
+        shift = count * torch.arange(heads, dtype=torch.int32, device=self.offsets.device)
+        begins = (self.offsets[:-1] + shift[:, None]).flatten()
+        offsets = torch.cat([begins, self.offsets.new_tensor([heads * count])])
+        tiles = self.tiles.repeat(heads, 1)
+        return TileList(1, heads, self.blocks, offsets, tiles, self.gather, self.masks)
 
     def to(self, device: torch.device) -> TileList:
+        if self.tiles.device == device:
+            return self
         moved = (t.to(device) for t in (self.offsets, self.tiles, self.gather, self.masks))
         return TileList(self.batch, self.heads, self.blocks, *moved)
 

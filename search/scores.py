@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.kernels.approximation import Approximation, Inputs
+from attnplan.kernels.catalog import DENSE
 from attnplan.kernels.executor import attend
 from attnplan.kernels.tile_list import BLOCK
 
@@ -25,15 +26,17 @@ from attnplan.kernels.tile_list import BLOCK
 class Observed:
     """One layer on one calibration text: what scoring compares with.
 
+    The exact output is computed again from `inputs`, at their precision: a change is then the
+    candidate's alone, also where tensors were stored in bfloat16.
+
     Attributes:
         inputs: the exact call.
-        output: [1, heads, queries, value_dim], exact.
-        gradient: of the sampled loss at `output`, same shape; None without a backward pass.
+        gradient: [1, heads, queries, value_dim], of the sampled loss at the exact output; None
+            without a backward pass.
         projection: float32 [heads], sensitivity to use without a gradient.
     """
 
     inputs: Inputs
-    output: Tensor
     gradient: Tensor | None
     projection: Tensor | None = None
 
@@ -86,7 +89,7 @@ def score_layer(
     rows = inputs.positions(blocks).flatten()
     real = rows >= 0
     rows = rows[real] - inputs.offset
-    exact = observed.output[0, :, rows].float()  # [heads, rows, value_dim]
+    exact = _output(DENSE, inputs, blocks)[0][:, real].float()  # [heads, rows, value_dim]
     norm = exact.square().sum((1, 2)).double()
     fisher = np.full((heads, len(candidates)), np.nan)
     error = np.full((heads, len(candidates)), np.nan)

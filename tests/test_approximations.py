@@ -221,7 +221,7 @@ def test_a_bad_spelling_says_what_is_wrong(spelled: dict[str, object], message: 
 EVERYTHING = [
     {"near": {"name": "dense"}},
     {"near": {"name": "window", "window": 500}},
-    {"near": {"name": "strided", "window": 500, "stride": 7, "reach": 500}},
+    {"near": {"name": "strided", "window": 500, "stride": 7, "span": 500}},
     {"near": {"name": "vertical_slash", "columns": 1, "diagonals": 0, "local": 8}},
     {"near": {"name": "block_topk", "top": 500}},
     {"near": {"name": "loki", "rank": 2, "top": 500}},

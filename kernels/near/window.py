@@ -17,17 +17,15 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
-from attnplan.kernels.pattern import dense_mask, static_tiles, window_pairs
-from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.approximation import AttentionShape, Cost
+from attnplan.kernels.pattern import StaticPattern, window_pairs
 
 
 @dataclass(frozen=True)
-class Window(Selector):
+class Window(StaticPattern):
     """Keep the first `sinks` keys and the last `window` keys of every query."""
 
     name: ClassVar[str] = "window"
-    static: ClassVar[bool] = True
     far_compatible: ClassVar[bool] = True
     predictor: ClassVar[str] = "sink_local_mass"
 
@@ -48,17 +46,11 @@ class Window(Selector):
         if shape.keys > 256:
             yield cls(128, 64)
 
-    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
-        def reach(first: int, last: int) -> list[tuple[int, int]]:
-            return [(0, self.sinks), (first - self.window + 1, last + 1)]
-
-        return static_tiles(inputs, blocks, self._rule, reach, floor)
-
-    def keep(self, inputs: Inputs) -> Tensor:
-        return dense_mask(inputs, self._rule)
-
     def cost(self, shape: AttentionShape) -> Cost:
         return Cost(2.0 * shape.head_dim * window_pairs(shape, self.window, self.sinks))
 
-    def _rule(self, i: Tensor, j: Tensor) -> Tensor:
+    def rule(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j < self.window) | (j < self.sinks)
+
+    def reach(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(0, self.sinks), (first - self.window + 1, last + 1)]

@@ -1,0 +1,210 @@
+"""Quality and speed of a planned model, measured against the model it was.
+
+Quality is KL(original || planned) in nats per token and the perplexity of both, teacher-forced on
+real text, and the share of tokens copied correctly in the second half of a random string that is
+repeated once. Speed is the median of interleaved runs of the whole prefill.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.benchmark import Timing, interleaved
+from attnplan.profiles.capture import logits_of
+
+CHUNK = 512
+"""Positions whose logits are held at once."""
+
+Applied = Callable[[], AbstractContextManager[Any]]
+"""A context in which the model runs under a plan."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a plan costs in quality on some text.
+
+    Attributes:
+        kl_per_token: mean over all compared positions, in nats.
+        kl_spread: standard error of that mean over the sequences; nan for a single one.
+        perplexity, perplexity_dense: of the next token of the text.
+        tokens: positions compared.
+        kl_by_sequence: mean KL of every sequence.
+    """
+
+    kl_per_token: float
+    kl_spread: float
+    perplexity: float
+    perplexity_dense: float
+    tokens: int
+    kl_by_sequence: tuple[float, ...]
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / self.perplexity_dense
+
+
+class Reference:
+    """The original model's answers on some sequences, kept as final hidden states.
+
+    Logits of a whole text are never held: they are recomputed in chunks from the hidden states.
+
+    Args:
+        model: a causal language model, not patched.
+        sequences: int64 [sequences, tokens].
+    """
+
+    def __init__(self, model: Any, sequences: Tensor) -> None:
+        if sequences.ndim != 2 or sequences.shape[1] < 2:
+            raise ValueError(
+                f"comparing needs sequences of at least 2 tokens, got {list(sequences.shape)}"
+            )
+        self.model = model
+        self.sequences = sequences
+        self._states: dict[int, Tensor] = {}
+
+    def states(self, index: int) -> Tensor:
+        """Final hidden states of the original model, [1, tokens, hidden]."""
+        if index not in self._states:
+            self._states[index] = body_of(self.model, self.sequences[index]).last_hidden_state
+        return self._states[index]
+
+    def compare(self, applied: Applied, index: int, stride: int = 1) -> tuple[float, float, float]:
+        """Mean KL and mean log-losses (planned, original) of one sequence.
+
+        Args:
+            applied: a context in which the model runs under the plan.
+            index: which sequence.
+            stride: compare every `stride`-th position only; the plan still runs on all.
+        """
+        original = self.states(index)
+        with applied():
+            body = body_of(self.model, self.sequences[index])
+        planned = body.last_hidden_state
+        labels = self.sequences[index].to(original.device)
+        sums = torch.zeros(3, dtype=torch.float64)
+        compared = torch.arange(stride - 1, planned.shape[1] - 1, stride, device=labels.device)
+        if not len(compared):
+            compared = torch.arange(planned.shape[1] - 1, device=labels.device)
+        with torch.no_grad(), logits_of(self.model, body) as logits:
+            for some in compared.split(CHUNK):
+                p = logits(original[:, some])[0].float().log_softmax(-1)
+                q = logits(planned[:, some])[0].float().log_softmax(-1)
+                target = labels[some + 1][:, None]
+                losses = [-x.gather(1, target).double().sum().cpu() for x in (q, p)]
+                kl = ((p - q) * p.exp()).sum(-1).double().sum().cpu()
+                sums += torch.stack([kl, *losses])
+        kl, planned_loss, original_loss = (sums / len(compared)).tolist()
+        return kl, planned_loss, original_loss
+
+    def quality(self, applied: Applied, progress: Callable[[], None] = lambda: None) -> Quality:
+        """Compare on all sequences and positions; `progress` is called after each sequence."""
+        rows = []
+        for index in range(len(self.sequences)):
+            rows.append(self.compare(applied, index))
+            progress()
+        kls, planned, original = zip(*rows, strict=True)
+        count = len(rows)
+        spread = statistics.stdev(kls) / count**0.5 if count > 1 else float("nan")
+        return Quality(
+            statistics.fmean(kls),
+            spread,
+            float(torch.tensor(statistics.fmean(planned)).exp()),
+            float(torch.tensor(statistics.fmean(original)).exp()),
+            count * (self.sequences.shape[1] - 1),
+            tuple(kls),
+        )
+
+
+@torch.no_grad()
+def body_of(model: Any, tokens: Tensor) -> Any:
+    """The model without its head on one text [tokens]."""
+    device = model.get_input_embeddings().weight.device
+    return model.base_model(input_ids=tokens[None].to(device), use_cache=False)
+
+
+@torch.no_grad()
+def induction_accuracy(
+    model: Any, applied: Applied, *, length: int, strings: int = 4, seed: int = 0
+) -> float:
+    """Share of correct next tokens in the second half of a twice-repeated random token string.
+
+    Args:
+        model: a causal language model.
+        applied: a context in which to run it; `nullcontext` for the original.
+        length: tokens of the whole text, two copies of length // 2.
+        strings: how many texts.
+        seed: of the random tokens.
+
+    Raises:
+        ValueError: no room for two tokens twice.
+    """
+    half = length // 2
+    if half < 2:
+        raise ValueError(f"induction needs at least 4 tokens, got {length}")
+    generator = torch.Generator().manual_seed(seed)
+    correct = 0
+    for _ in range(strings):
+        # the first ids of a vocabulary are special tokens and single bytes
+        low = min(1000, model.config.get_text_config().vocab_size // 4)
+        high = model.config.get_text_config().vocab_size
+        once = torch.randint(low, high, (half,), generator=generator)
+        tokens = torch.cat([once, once])
+        with applied():
+            body = body_of(model, tokens)
+        with logits_of(model, body) as logits:
+            for some in torch.arange(half, 2 * half - 1).split(CHUNK):
+                guess = logits(body.last_hidden_state[:, some])[0].argmax(-1).cpu()
+                correct += int((guess == tokens[some + 1]).sum())
+    return correct / (strings * (half - 1))
+
+
+def prefill_latency(model: Any, applied: Applied, tokens: Tensor, *, repeats: int = 5) -> Timing:
+    """Time the whole prefill under a plan beside the original model's, in turn.
+
+    A prefill fills the cache and computes the logits of the last position.
+
+    Args:
+        model: a causal language model, not patched.
+        applied: a context in which the model runs under the plan; entering is not timed.
+        tokens: int64 [tokens], real text.
+        repeats: pairs of runs.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = tokens[None].to(device)
+    return interleaved(
+        lambda: _prefill(model, ids),
+        lambda: _prefill(model, ids),
+        repeats,
+        context=applied,
+    )
+
+
+@torch.no_grad()
+def kv_bytes(model: Any, applied: Applied, tokens: Tensor) -> int:
+    """Bytes that the cache holds after a prefill, counted from tensor storage."""
+    device = model.get_input_embeddings().weight.device
+    with applied():
+        cache = _prefill(model, tokens[None].to(device)).past_key_values
+    stored: dict[int, int] = {}
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            storage = tensor.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+    return sum(stored.values())
+
+
+@torch.no_grad()
+def _prefill(model: Any, ids: Tensor) -> Any:
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def original() -> AbstractContextManager[None]:
+    """The context of the unplanned model."""
+    return nullcontext()
