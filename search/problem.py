@@ -139,7 +139,7 @@ class Problem:
             fisher = self.fisher * self.calibration
         layer, head = np.ogrid[: self.layers, : self.heads]
         stored = self.kv_bytes[assignment]
-        stored = stored.reshape(*stored.shape[:-1], -1, self.group).max(-1)
+        stored = stored.reshape(*stored.shape[:-1], self.heads // self.group, self.group).max(-1)
         return np.stack(
             [
                 fisher[layer, head, assignment].sum(-1),

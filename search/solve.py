@@ -24,7 +24,8 @@ Floats = NDArray[np.float64]
 
 RESOURCES = ("kl", "density", "latency_ms", "kv_share")
 """The totals of an assignment, in the order of every price and limit vector."""
-_OBJECTIVES = {"kl": 0, "latency": 2, "memory": 3}
+OBJECTIVES = {"kl": 0, "latency": 2, "memory": 3}
+"""Which total each objective of a budget minimises."""
 _CHUNK = 4_000_000
 _EPSILON = 1e-9
 
@@ -96,7 +97,7 @@ def solve(
     if multipliers is not None:
         fisher = fisher * multipliers
     limits = limits_of(problem, budget)
-    return _Solver(problem, fisher).solve(limits, _OBJECTIVES[budget.objective])
+    return _Solver(problem, fisher).solve(limits, OBJECTIVES[budget.objective])
 
 
 def front(problem: Problem, resource: str = "latency_ms", points: int = 64) -> list[Solution]:
