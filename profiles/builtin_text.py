@@ -56,7 +56,7 @@ wsgiref/util xml/etree/ElementPath xml/sax/expatreader
 _SHORTEST = 200
 """Characters of a document: what repeats others leaves little behind."""
 _PHRASE = 12
-"""Words in a row that two parts hardly share by chance; a shorter paragraph may occur twice."""
+"""Words in a row that two parts hardly share by chance; half as many, if they are a paragraph."""
 
 
 def documents(split: str) -> dict[str, tuple[str, ...]]:
@@ -142,7 +142,8 @@ def _without_repeats(text: str, seen: set[int]) -> str:
     kept = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
         words = re.findall(r"\w+", paragraph)
-        phrases = {hash(tuple(words[i : i + _PHRASE])) for i in range(len(words) - _PHRASE + 1)}
+        starts = range(max(len(words) - _PHRASE, 0) + 1) if len(words) >= _PHRASE // 2 else ()
+        phrases = {hash(tuple(words[i : i + _PHRASE])) for i in starts}
         if len(phrases & seen) > 0.2 * len(phrases):
             continue
         seen |= phrases
