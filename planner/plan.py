@@ -358,7 +358,7 @@ def _used(layers: Assignment, fitted: Fitted, model: ModelIdentity) -> dict[int,
 
 def _packed(fitted: Fitted) -> bytes:
     tensors = {
-        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        f"{layer}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for layer, row in sorted(fitted.items())
         for name, tensor in sorted(row.items())
     }

@@ -108,8 +108,8 @@ def read(path: Path) -> Entry:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{file}: cannot be read: {_reason(error)}") from None
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise PlanError(f"{file}: the file is empty")
@@ -118,10 +118,8 @@ def read(path: Path) -> Entry:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1})" if mark else ""
         raise PlanError(f"{file}: not valid YAML: {error.problem}{line}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise PlanError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
