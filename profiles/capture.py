@@ -201,7 +201,7 @@ def _backward(model: Any, body: Any, seed: int) -> Tensor:
             loss = torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
             (upstream[:, rows],) = torch.autograd.grad(loss, leaf)
             labels[rows] = chosen.cpu()
-    states.backward(upstream)  # type: ignore[no-untyped-call]
+    states.backward(upstream)
     return labels
 
 
@@ -239,7 +239,7 @@ class _Recorder:
             def receive(gradient: Tensor) -> None:
                 one.gradient = self.keep(gradient.transpose(1, 2))
 
-            output.register_hook(receive)  # type: ignore[no-untyped-call]
+            output.register_hook(receive)
         self.layers.append(one)
 
 
