@@ -82,3 +82,12 @@ def pareto(evaluated: Sequence[Evaluated], resource: int) -> tuple[Evaluated, ..
         if not front or candidate.totals[resource] < front[-1].totals[resource]:
             front.append(candidate)
     return tuple(front)
+
+
+def kl_calibration(evaluated: Sequence[Evaluated]) -> float:
+    """Median ratio of measured to predicted KL: what to scale the scores of a problem by.
+
+    1 where nothing that loses anything was evaluated.
+    """
+    ratios = [e.kl / e.prediction.kl for e in evaluated if e.prediction.kl > 0 and e.kl > 0]
+    return float(np.median(ratios)) if ratios else 1.0

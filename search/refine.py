@@ -37,8 +37,8 @@ class RefineResult:
 
     Attributes:
         best: what to keep.
-        history: for each measured proposal what was tried, its KL on the sequences that were
-            measured and whether it was accepted.
+        history: for each measured proposal what was tried, by what share it changed the KL on the
+            sequences that were measured, and whether it was accepted.
     """
 
     best: Evaluated
@@ -56,6 +56,7 @@ def refine(
     evaluate: Evaluate,
     *,
     evaluations: int,
+    multipliers: Floats | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> RefineResult:
     """Improve an evaluated assignment by swaps.
@@ -70,9 +71,11 @@ def refine(
         incumbent: with its KL on all sequences; within the limits on cost.
         evaluate: KL of an assignment on one sequence.
         evaluations: at most so many proposals are measured.
+        multipliers: on the scores that proposals are made with, such as those of the corrections
+            that led to the incumbent.
         progress: called with proposals measured, the most there can be, and the incumbent's KL.
     """
-    refinement = _Refinement(problem, budget, incumbent, evaluate)
+    refinement = _Refinement(problem, budget, incumbent, evaluate, multipliers)
     while len(refinement.history) < evaluations and refinement.step():
         if progress is not None:
             progress(len(refinement.history), evaluations, refinement.best.kl)
@@ -88,17 +91,22 @@ class _Direction:
     upgrade: bool
     step: float = FIRST_STEP
     hope: float = np.inf
-    """Expected fall of KL per step; infinite before the first try."""
+    """Expected relative fall of KL per step; infinite before the first try."""
 
 
 class _Refinement:
     """The incumbent, the directions that are left, and what was tried."""
 
     def __init__(
-        self, problem: Problem, budget: Budget, incumbent: Evaluated, evaluate: Evaluate
+        self,
+        problem: Problem,
+        budget: Budget,
+        incumbent: Evaluated,
+        evaluate: Evaluate,
+        multipliers: Floats | None,
     ) -> None:
         self.problem = problem
-        self.fisher = problem.fisher * problem.calibration
+        self.fisher = problem.fisher * (1.0 if multipliers is None else multipliers)
         self.evaluate = evaluate
         self.best = incumbent
         self.seen = {incumbent.digest}
@@ -160,13 +168,11 @@ class _Refinement:
         if proposal is None:
             self._shrink(direction)
             return False
-        before = self.best.kl
         verb = "upgrade" if direction.upgrade else "downgrade"
-        evaluated = self._measure(proposal, GIVE_UP)
-        accepted = len(evaluated.kl_steps) == len(self.best.kl_steps) and evaluated.kl < before
-        compared = sum(self.best.kl_steps[: len(evaluated.kl_steps)]) / len(evaluated.kl_steps)
-        direction.hope = (compared - evaluated.kl) / direction.step
-        self.history.append((f"{verb} {direction.name}", evaluated.kl, accepted))
+        evaluated, change = self._measure(proposal, GIVE_UP)
+        accepted = len(evaluated.kl_steps) == len(self.best.kl_steps) and change < 0
+        direction.hope = -change / direction.step
+        self.history.append((f"{verb} {direction.name}", change, accepted))
         if accepted:
             self.best = evaluated
             self._hold_cost()
@@ -195,9 +201,9 @@ class _Refinement:
         if digest(proposal) in self.seen:
             self.trade_step /= 2
             return False
-        evaluated = self._measure(proposal, np.inf)
+        evaluated, change = self._measure(proposal, np.inf)
         accepted = evaluated.kl < self.best.kl if over else evaluated.kl <= self.kl_limit
-        self.history.append(("upgrade" if over else "downgrade", evaluated.kl, accepted))
+        self.history.append(("upgrade" if over else "downgrade", change, accepted))
         if accepted:
             self.best = evaluated
             self._hold_cost()
@@ -205,8 +211,12 @@ class _Refinement:
             self.trade_step /= 2
         return True
 
-    def _measure(self, proposal: Assignment, give_up: float) -> Evaluated:
-        """KL on the sequences of the incumbent; on half of them where it falls far behind."""
+    def _measure(self, proposal: Assignment, give_up: float) -> tuple[Evaluated, float]:
+        """KL on the sequences of the incumbent, on half of them where it falls far behind.
+
+        Returns:
+            The proposal, and its KL over that of the incumbent on the same sequences, less 1.
+        """
         self.seen.add(digest(proposal))
         values: list[float] = []
         base = self.best.kl_steps
@@ -215,7 +225,9 @@ class _Refinement:
             half = 2 * len(values) >= len(base)
             if half and sum(values) > give_up * sum(base[: len(values)]):
                 break
-        return Evaluated(proposal, self.problem.predict(proposal), tuple(values))
+        evaluated = Evaluated(proposal, self.problem.predict(proposal), tuple(values))
+        incumbent = max(sum(base[: len(values)]) / len(values), 1e-12)
+        return evaluated, evaluated.kl / incumbent - 1
 
     def _exchange(self, direction: _Direction) -> Assignment | None:
         """The incumbent with cost moved to or from a place; None if nothing new comes out."""

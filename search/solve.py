@@ -26,7 +26,7 @@ RESOURCES = ("kl", "density", "latency_ms", "kv_share")
 """The totals of an assignment, in the order of every price and limit vector."""
 OBJECTIVES = {"kl": 0, "latency": 2, "memory": 3}
 """Which total each objective of a budget minimises."""
-_CHUNK = 4_000_000
+_CHUNK = 1_000_000
 _EPSILON = 1e-9
 
 
@@ -231,16 +231,16 @@ class _Solver:
         self._check_reachable(limits)
         search = _PriceSearch(self, limits, objective, bounded)
         search.run()
-        if search.best is None:
-            self._raise_joint(limits, bounded)
-        assert search.best is not None
+        start = search.best
+        if start is None:
+            start = self._meet_jointly(limits, bounded)
         room = limits.copy()
         room[2] -= self.problem.latency.rest_ms
         room[objective] = np.inf
         assignment = improve(
             self.problem,
             self.fisher,
-            search.best,
+            start,
             search.neighbours(),
             room,
             objective,
@@ -260,19 +260,25 @@ class _Solver:
                 raise _error(int(k), limits, smallest, [])
 
     def smallest(self, resource: int) -> float:
-        """The smallest total of one resource, whatever the others are."""
+        """The smallest total found of one resource, whatever the others are."""
+        return float(self.totals(self.extremes(resource))[:, resource].min())
+
+    def extremes(self, resource: int) -> Assignment:
+        """Dense, and the assignment that one resource alone asks for: [2, layers, heads]."""
         weights = 1e-9 / self.units
         weights[resource] = 1 / self.units[resource]
-        candidates = np.concatenate([self.cheapest(weights[None])[0], self.problem.dense[None]])
-        return float(self.totals(candidates)[:, resource].min())
+        return np.concatenate([self.problem.dense[None], self.cheapest(weights[None])[0]])
 
-    def _raise_joint(self, limits: Floats, bounded: list[int]) -> None:
-        """Each limit can be met alone: say what the last one can reach beside the rest."""
+    def _meet_jointly(self, limits: Floats, bounded: list[int]) -> Assignment:
+        """Each limit can be met alone: meet the last by minimising it within the others."""
         last = bounded[-1]
         free = limits.copy()
         free[last] = np.inf
-        reached = _vector(self.solve(free, last).prediction)[last]
-        raise _error(last, limits, reached, [RESOURCES[k] for k in bounded[:-1]])
+        solution = self.solve(free, last)
+        reached = self.totals(solution.assignment[None])[0, last]
+        if reached > limits[last] * (1 + _EPSILON):
+            raise _error(last, limits, reached, [RESOURCES[k] for k in bounded[:-1]])
+        return solution.assignment
 
 
 def _error(k: int, limits: Floats, smallest: float, beside: list[str]) -> BudgetError:
@@ -302,6 +308,9 @@ class _PriceSearch:
 
     def run(self) -> None:
         """Raise and lower each price until its limit is just met, the others held."""
+        for k in self.bounded:
+            extremes = self.solver.extremes(k)
+            self._consider(extremes, self.solver.totals(extremes))
         rounds = 1 if len(self.bounded) <= 1 else 4
         if not self.bounded:
             self._try(self.prices[None])
@@ -350,15 +359,19 @@ class _PriceSearch:
         """Assignments at some prices, and which of them meet limit k."""
         assignments, bounds = self.solver.cheapest(weights)
         totals = self.solver.totals(assignments)
-        limits = self.limits * (1 + _EPSILON)
-        limits[self.objective] = np.inf
         paid = weights[:, self.bounded] @ self.limits[self.bounded] if self.bounded else 0.0
         self.lower_bound = max(self.lower_bound, float((bounds - paid).max()))
+        self._consider(assignments, totals)
+        fits = np.ones(len(weights), bool) if k is None else totals[:, k] <= self.limits[k]
+        return assignments, fits
+
+    def _consider(self, assignments: Assignment, totals: Floats) -> None:
+        """Remember the best of some assignments, if it meets all limits."""
+        limits = self.limits * (1 + _EPSILON)
+        limits[self.objective] = np.inf
         feasible = np.flatnonzero((totals <= limits).all(-1))
         if len(feasible):
             i = feasible[totals[feasible, self.objective].argmin()]
             if totals[i, self.objective] < self._best_value:
                 self._best_value = float(totals[i, self.objective])
                 self.best = assignments[i]
-        fits = np.ones(len(weights), bool) if k is None else totals[:, k] <= limits[k]
-        return assignments, fits

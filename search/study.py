@@ -95,12 +95,14 @@ class StudyResult:
     Attributes:
         best: lowest objective within the budget as measured; else the smallest violation.
         feasible: whether `best` is within the budget.
+        corrections: what led to `best`; neutral for a warm start.
         trials: warm starts first, then trials by number.
         front: assignments that nothing beats in both measured KL and cost.
     """
 
     best: Evaluated
     feasible: bool
+    corrections: Corrections
     trials: tuple[TrialRow, ...]
     front: tuple[Evaluated, ...]
 
@@ -434,8 +436,15 @@ class _Study:
         for t in self.study.get_trials(deepcopy=False, states=states):
             origin = t.user_attrs.get("origin", "sampled")
             rows.append(self._row(t.number, origin, t.state.name.lower(), t.user_attrs, t.params))
-        feasible = best.violation(self.limits) == 0
-        return StudyResult(best, feasible, tuple(rows), pareto(evaluated, self.cost))
+        params = next((row.params for row in rows if row.digest == best.digest), {})
+        corrections = from_params(params) if params else Corrections()
+        return StudyResult(
+            best=best,
+            feasible=best.violation(self.limits) == 0,
+            corrections=corrections,
+            trials=tuple(rows),
+            front=pareto(evaluated, self.cost),
+        )
 
     def _row(
         self,
