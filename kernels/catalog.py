@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from attnplan.kernels.approximation import Approximation, AttentionShape, Compressor, Selector
+from torch import Tensor
+
+from attnplan.kernels.approximation import (
+    Approximation,
+    AttentionShape,
+    Compressor,
+    Moments,
+    Selector,
+)
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.dense import Dense
@@ -35,6 +43,14 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
             if near.far_compatible:
                 for compressor in FAR.values():
                     yield from (Approximation(near, far) for far in compressor.choices(shape))
+
+
+def fit(moments: Moments) -> dict[str, Tensor]:
+    """What all methods of the catalog fit to one layer, 'method.tensor' to tensor."""
+    fitted: dict[str, Tensor] = {}
+    for method in (*NEAR.values(), *FAR.values()):
+        fitted |= method.fit(moments)
+    return fitted
 
 
 def to_dict(approximation: Approximation) -> dict[str, Any]:

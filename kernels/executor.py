@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
+from pathlib import Path
+
 from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
@@ -34,3 +38,20 @@ def attend(
 
         return cpu.attend(query, key, value, scale=scale, kv_head=kv_head, tiles=tiles, slots=slots)
     raise ValueError(f"no attention engine for device {query.device.type!r}; use cuda or cpu")
+
+
+@cache
+def engine_digest(device: str) -> str:
+    """Digest of the sources that an engine's timings depend on, 16 hexadecimal digits.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+    """
+    folder = Path(__file__).parent
+    names = {"cpu": ("cpu.py", "build.py"), "cuda": ("triton.py",)}[device]
+    files = [folder / "engines" / name for name in names]
+    files += sorted((folder / "engines").glob("*.cpp")) if device == "cpu" else []
+    files += [path for part in ("near", "far") for path in sorted((folder / part).glob("*.py"))]
+    files += [folder / name for name in ("layer.py", "tile_list.py", "token_selection.py")]
+    content = b"\0".join(path.read_bytes() for path in files)
+    return hashlib.sha256(content).hexdigest()[:16]

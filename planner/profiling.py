@@ -1,0 +1,198 @@
+"""Profile a model: capture every calibration text, keep its statistics, and fit what methods need.
+
+Each text is one unit of work: its statistics are stored in one transaction, so that an interrupted
+profile goes on with the next text. A last text, a random string that is repeated once, is captured
+for scoring only: copying is what approximations break first, and prose hardly shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnplan.kernels import catalog
+from attnplan.models import LoadedModel, check_context
+from attnplan.profiles import records
+from attnplan.profiles.calibration import TokenSet
+from attnplan.profiles.capture import SequenceCapture, capture
+from attnplan.profiles.capture_files import CaptureFiles
+from attnplan.profiles.database import Store
+from attnplan.profiles.digest import digest
+from attnplan.profiles.head_profile import finalise
+from attnplan.profiles.layer_statistics import LayerStatistics, measure, merge_all, moments
+
+VERSION = 1
+"""Of what a profile measures; a new one makes new runs."""
+
+Advance = Callable[[str], None]
+"""Called after every unit of work, with what comes next."""
+
+
+def silent(description: str) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a profile and the searches on it look at.
+
+    Attributes:
+        tokens: calibration texts.
+        seed: of sampled labels, random strings and sketches.
+    """
+
+    tokens: TokenSet
+    seed: int
+
+    @property
+    def context(self) -> int:
+        return int(self.tokens.tokens.shape[1])
+
+    @property
+    def texts(self) -> int:
+        return int(self.tokens.tokens.shape[0])
+
+    def text(self, index: int, vocabulary: int) -> Tensor:
+        """Calibration text `index`; the one after the last is the repeated random string."""
+        if index < self.texts:
+            return self.tokens.tokens[index]
+        return repeated_string(self.context, vocabulary, self.seed)
+
+
+def repeated_string(length: int, vocabulary: int, seed: int) -> Tensor:
+    """A random string of tokens and its copy, int64 [length]."""
+    generator = torch.Generator().manual_seed(seed)
+    # the first ids of a vocabulary are special tokens and single bytes
+    low = min(1000, vocabulary // 4)
+    once = torch.randint(low, vocabulary, (-(-length // 2),), generator=generator)
+    return torch.cat([once, once])[:length]
+
+
+def model_record(loaded: LoadedModel) -> records.ModelIdentity:
+    """The model's identity as the store keeps it."""
+    found = loaded.identity
+    return records.ModelIdentity(
+        fingerprint=found.fingerprint,
+        name=found.name,
+        architecture=found.architecture,
+        layers=found.layers,
+        heads=found.heads,
+        kv_heads=found.kv_heads,
+        head_dim=found.head_dim,
+        rope=found.rope,
+        weights_digest=found.weights,
+    )
+
+
+def run_key(loaded: LoadedModel, work: Workload) -> records.RunKey:
+    """What determines a profile run."""
+    return records.RunKey(
+        model=model_record(loaded),
+        dataset=work.tokens.identity,
+        context=work.context,
+        sequences=work.texts,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        seed=work.seed,
+        settings={"version": VERSION},
+    )
+
+
+def capture_files(key: records.RunKey, folder: Path) -> CaptureFiles:
+    """Where the captured tensors of a run are kept between profiling and scoring."""
+    name = digest(
+        [key.model.fingerprint, key.dataset.digest, key.context, key.sequences, key.dtype, key.seed]
+    )
+    return CaptureFiles(folder / name[:16])
+
+
+def profile(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    files: CaptureFiles,
+    advance: Advance = silent,
+) -> records.ProfileRun:
+    """Profile a model, or continue or read back a profile.
+
+    Raises:
+        ValueError: the context is longer than the model's, or the model cannot be captured.
+    """
+    check_context(loaded.identity, work.context)
+    run = store.open_run(run_key(loaded, work))
+    if run.complete:
+        return run
+    for index in range(work.texts):
+        if index in store.shards_done(run.id):
+            continue
+        advance(f"text {index + 1} of {work.texts}")
+        captured = captured_text(loaded, work, index)
+        store.save_shard(run.id, index, _pack(captured, work.seed))
+        files.save(index, captured)
+    advance("fitting")
+    layers = _merged(store, run.id)
+    fitted = {
+        layer.layer: {name: tensor.numpy() for name, tensor in catalog.fit(moments(layer)).items()}
+        for layer in layers
+    }
+    heads = [
+        records.HeadProfile(head.layer, head.head, head.scalars, head.arrays)
+        for layer in layers
+        for head in finalise(layer)
+    ]
+    store.finish_run(run.id, heads, fitted)
+    return store.run(run.id)
+
+
+def captured_text(loaded: LoadedModel, work: Workload, index: int) -> SequenceCapture:
+    """Run one text through the model and keep what its attention layers saw."""
+    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+    return capture(loaded.model, work.text(index, vocabulary), seed=work.seed + index)
+
+
+def fitted_tensors(store: Store, run: int) -> dict[int, dict[str, Tensor]]:
+    """Fitted data of a run as tensors, layer to name to tensor."""
+    return {
+        layer: {name: torch.from_numpy(np.array(array)) for name, array in data.items()}
+        for layer, data in store.load_fitted(run).items()
+    }
+
+
+def _pack(captured: SequenceCapture, seed: int) -> dict[str, np.ndarray]:
+    packed: dict[str, np.ndarray] = {}
+    for layer in captured.layers:
+        statistics = measure(
+            layer.layer,
+            layer.query,
+            layer.key,
+            layer.value,
+            layer.output,
+            scale=layer.scale,
+            gradient=layer.gradient,
+            projection=layer.projection,
+            query_pre_gram=layer.query_pre_gram,
+            key_pre_gram=layer.key_pre_gram,
+            seed=seed,
+        )
+        packed[f"{layer.layer}/"] = np.array([statistics.scale])
+        for name, array in statistics.arrays.items():
+            packed[f"{layer.layer}/{name}"] = array
+    return packed
+
+
+def _merged(store: Store, run: int) -> list[LayerStatistics]:
+    """Statistics of every layer over all texts."""
+    parts: dict[int, list[LayerStatistics]] = {}
+    for _, shard in store.load_shards(run):
+        arrays: dict[int, dict[str, np.ndarray]] = {}
+        for key, array in shard.items():
+            layer, name = key.split("/", 1)
+            arrays.setdefault(int(layer), {})[name] = array
+        for layer_index, found in arrays.items():
+            scale = float(found.pop("")[0])
+            parts.setdefault(layer_index, []).append(LayerStatistics(layer_index, scale, found))
+    return [merge_all(parts[layer]) for layer in sorted(parts)]

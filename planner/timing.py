@@ -1,0 +1,220 @@
+"""What this device needs for every approximation: measured once, kept in the store, fitted.
+
+A layer of real queries, keys and values is timed under every candidate for all heads, and under
+random mixtures, always in turn with dense attention. The cost model of a layer is fitted to these
+timings and its error is measured on the mixtures that it was not fitted to.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from attnplan.evaluate import original, prefill_latency
+from attnplan.kernels import catalog
+from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.benchmark import Timing, device_name, measure_layer
+from attnplan.kernels.executor import engine_digest
+from attnplan.models import LoadedModel
+from attnplan.profiles import records
+from attnplan.profiles.capture import capture
+from attnplan.profiles.database import Store
+from attnplan.profiling import Advance, Workload, fitted_tensors, model_record, silent
+from attnplan.search.latency import LatencyFit, fit_latency
+
+MIXTURES = 12
+"""Random mixtures timed per shape: the held-out rows of the cost model."""
+SEPARATOR = " | "
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """The fitted cost model and what it was fitted to.
+
+    Attributes:
+        fit: cost model in milliseconds of this device, with its error on held-out mixtures.
+        dense_prefill_ms: median of the whole dense prefill.
+        device: whose costs these are.
+    """
+
+    fit: LatencyFit
+    dense_prefill_ms: float
+    device: records.DeviceIdentity
+
+
+def this_device(device: torch.device) -> records.DeviceIdentity:
+    """Identity of the device and of everything that its timings depend on."""
+    driver = ""
+    if device.type == "cuda":
+        driver = f"cuda {torch.version.cuda}"
+    versions = {name: version(name) for name in ("torch", "triton", "transformers")}
+    versions["python"] = platform.python_version()
+    return records.DeviceIdentity(
+        name=device_name(device),
+        kind=device.type,
+        driver=driver,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        versions=versions,
+    )
+
+
+def spell(assignment: Sequence[Approximation]) -> str:
+    """The heads of a layer, whatever their order: '3 x window(...) | 6 x dense()'."""
+    counts = Counter(catalog.key(a) for a in assignment)
+    return SEPARATOR.join(f"{n} x {name}" for name, n in sorted(counts.items()))
+
+
+def parse(spelled: str, names: Sequence[str]) -> list[int] | None:
+    """Heads per candidate of what `spell` wrote; None where it names another candidate."""
+    counts = [0] * len(names)
+    for part in spelled.split(SEPARATOR):
+        number, name = part.split(" x ", 1)
+        if name not in names:
+            return None
+        counts[names.index(name)] += int(number)
+    return counts
+
+
+def measure_device(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    run: records.ProfileRun,
+    candidates: tuple[Approximation, ...],
+    *,
+    repeats: int = 3,
+    advance: Advance = silent,
+) -> DeviceCosts:
+    """Time what is not timed yet on this device at this shape, and fit the cost model."""
+    model, identity = loaded.model, loaded.identity
+    device = this_device(model.device)
+    heads = identity.heads
+    names = [catalog.key(a) for a in candidates]
+    wanted = [(a,) * heads for a in candidates] + _mixtures(candidates, heads, work.seed)
+    known = {t.approximation: t for t in _timings(loaded, work, store, device)}
+    missing = [row for row in wanted if spell(row) not in known]
+    if missing:
+        inputs = _inputs(loaded, work, fitted_tensors(store, run.id))
+        for number, row in enumerate(missing):
+            advance(f"timing {number + 1} of {len(missing)}")
+            timing = measure_layer(inputs, row, repeats=repeats)
+            store.save_timings(device, [_record(loaded, inputs, spell(row), timing)])
+        known = {t.approximation: t for t in _timings(loaded, work, store, device)}
+    prefill = _dense_prefill(loaded, work, store, device, repeats)
+
+    rows = [parse(spelled, names) for spelled in known]
+    used = [(row, known[s].median_ms) for row, s in zip(rows, known, strict=True) if row]
+    counts = np.array([row for row, _ in used])
+    ms = np.array([time for _, time in used])
+    dense_ms = float(np.median(ms[(counts[:, 1:] == 0).all(1)]))
+    fit = fit_latency(
+        counts,
+        ms,
+        rest_ms=max(prefill - identity.layers * dense_ms, 0.0),
+        names=names,
+        dynamic=[not a.static for a in candidates],
+        holdout=(counts > 0).sum(1) > 1,
+    )
+    return DeviceCosts(fit, prefill, device)
+
+
+def _mixtures(
+    candidates: tuple[Approximation, ...], heads: int, seed: int
+) -> list[tuple[Approximation, ...]]:
+    """Random assignments of a layer, of two to four candidates each."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(MIXTURES):
+        kinds = generator.choice(len(candidates), size=generator.integers(2, 5), replace=False)
+        found.append(tuple(candidates[c] for c in generator.choice(kinds, size=heads)))
+    return found
+
+
+def _inputs(
+    loaded: LoadedModel, work: Workload, fitted: dict[int, dict[str, torch.Tensor]]
+) -> Inputs:
+    """Real queries, keys and values of the middle layer."""
+    model = loaded.model
+    captured = capture(
+        model, work.tokens.tokens[0], gradients=False, seed=work.seed, store_dtype=model.dtype
+    )
+    layer = captured.layers[len(captured.layers) // 2]
+    device = model.device
+    return Inputs.of_layer(
+        layer.query.to(device),
+        layer.key.to(device),
+        layer.value.to(device),
+        scale=layer.scale,
+        fitted=fitted[layer.layer],
+    )
+
+
+def _shape(loaded: LoadedModel, context: int) -> AttentionShape:
+    found = loaded.identity
+    return AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
+
+
+def _timings(
+    loaded: LoadedModel, work: Workload, store: Store, device: records.DeviceIdentity
+) -> list[records.KernelTiming]:
+    shape = _shape(loaded, work.context)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    engine = engine_digest(device.kind)
+    return [
+        t
+        for t in store.load_timings(device, engine)
+        if (t.dtype, t.heads, t.kv_heads, t.head_dim, t.queries, t.keys)
+        == (dtype, shape.heads, shape.kv_heads, shape.head_dim, shape.queries, shape.keys)
+    ]
+
+
+def _record(
+    loaded: LoadedModel, inputs: Inputs, spelled: str, timing: Timing
+) -> records.KernelTiming:
+    shape = inputs.shape
+    return records.KernelTiming(
+        engine=engine_digest(inputs.query.device.type),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        queries=shape.queries,
+        keys=shape.keys,
+        approximation=spelled,
+        median_ms=timing.median_ms,
+        q25_ms=timing.q25_ms,
+        q75_ms=timing.q75_ms,
+        repeats=timing.repeats,
+    )
+
+
+def _dense_prefill(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    device: records.DeviceIdentity,
+    repeats: int,
+) -> float:
+    """Median time of the whole dense prefill, measured once."""
+    key = records.MeasurementKey(
+        model=model_record(loaded),
+        kind="dense prefill",
+        subject="dense",
+        conditions={
+            "device": device.digest,
+            "context": work.context,
+            "dtype": str(loaded.model.dtype),
+        },
+    )
+    values = store.load_measurement(key)
+    if values is None:
+        timing = prefill_latency(loaded.model, original, work.tokens.tokens[0], repeats=repeats)
+        values = {"median_ms": timing.dense_ms}
+        store.save_measurement(key, values)
+    return float(values["median_ms"])
