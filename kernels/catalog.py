@@ -48,8 +48,10 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
 def fit(moments: Moments) -> dict[str, Tensor]:
     """What all methods of the catalog fit to one layer, 'method.tensor' to tensor."""
     fitted: dict[str, Tensor] = {}
-    for method in (*NEAR.values(), *FAR.values()):
-        fitted |= method.fit(moments)
+    for selector in NEAR.values():
+        fitted |= selector.fit(moments)
+    for compressor in FAR.values():
+        fitted |= compressor.fit(moments)
     return fitted
 
 

@@ -1,0 +1,526 @@
+"""From a budget to a plan: score, time, solve, search, refine, verify, write.
+
+Everything that a search learns is in the store. Another budget on the same model, data and device
+starts from the solver; the same budget again reads back what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from attnplan.evaluate import Reference, induction_accuracy, original
+from attnplan.kernels import catalog
+from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.models import LoadedModel
+from attnplan.profiles import records
+from attnplan.profiles.calibration import TokenSet
+from attnplan.profiles.capture_files import CaptureFiles
+from attnplan.profiles.database import Store
+from attnplan.profiles.digest import digest
+from attnplan.profiling import Workload, fitted_tensors, model_record, profile
+from attnplan.scoring import ScoreTable, score
+from attnplan.search import baselines
+from attnplan.search.budget import Budget, BudgetError, Limit
+from attnplan.search.candidates import candidates as offered
+from attnplan.search.evaluation import Evaluated
+from attnplan.search.problem import Assignment, Problem
+from attnplan.search.problem import digest as assignment_digest
+from attnplan.search.refine import refine
+from attnplan.search.solve import Solution, front, limits_of, meets, solve
+from attnplan.search.study import run_study
+from attnplan.timing import DeviceCosts, measure_device
+from attnplan.verify import INDUCTION_LOSS, Layers, Measured, measure, misses, running
+
+COPYING = 0.1
+"""Weight of the repeated random string among the scores; raised when the induction gate fails."""
+MARGIN = 0.95
+"""Predicted latency of a plan must be below this share of dense: no plan may be slower."""
+STRIDE = 4
+"""The study compares every fourth position; verification compares all."""
+ATTEMPTS = 5
+"""Plans that are verified before a budget is given up."""
+
+
+class Progress(Protocol):
+    """Where long steps report to."""
+
+    def stage(self, name: str, total: int | None) -> Any:
+        """Begin a stage of `total` units, or of an unknown number."""
+
+    def advance(self, detail: str = "") -> None:
+        """One unit is done, or begins with what `detail` says."""
+
+
+class Quiet:
+    """No progress."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        pass
+
+    def advance(self, detail: str = "") -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to search for.
+
+    Attributes:
+        budget: limits and objective.
+        trials: of the Optuna study.
+        swaps: proposals that refinement may measure.
+        repeats: pairs of timed runs.
+        seed: of everything random.
+    """
+
+    budget: Budget
+    trials: int = 24
+    swaps: int = 10
+    repeats: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spend the budget, predicted and measured.
+
+    Attributes:
+        name: 'per head', 'per layer', 'uniform' or 'dense'.
+        layers: the assignment.
+        predicted_kl: of the scores.
+        predicted_ms: of the cost model, at the speed that the machine had when it was measured.
+        measured: on held-out text and on the device.
+        misses: what it breaks, empty when feasible.
+    """
+
+    name: str
+    layers: Layers
+    predicted_kl: float
+    predicted_ms: float
+    measured: Measured
+    misses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What measurements taught about the predictions.
+
+    Attributes:
+        copying: weight of the repeated random string among the scores.
+        kl: measured over predicted KL, where KL is bounded.
+        ms: measured over predicted time of mixed layers.
+    """
+
+    copying: float = COPYING
+    kl: float = 1.0
+    ms: float = 1.0
+
+    def learn(
+        self, choice: Choice, assignment: Assignment, problem: Problem, budget: Budget
+    ) -> Corrections:
+        """Corrections under which the broken limits would have been seen coming."""
+        measured = choice.measured
+        learnt = self
+        if measured.induction < measured.induction_dense - INDUCTION_LOSS:
+            learnt = replace(learnt, copying=learnt.copying * 5)
+        excess = 1.0
+        if budget.max_kl is not None:
+            excess = max(excess, measured.quality.kl_per_token / budget.max_kl)
+        if budget.max_ppl_ratio is not None:
+            loss = math.log(max(measured.quality.perplexity_ratio, 1.0))
+            excess = max(excess, loss / math.log(budget.max_ppl_ratio))
+        if excess > 1:
+            learnt = replace(learnt, kl=learnt.kl * excess * 1.05)
+        limit = budget.max_latency
+        late = limit is not None and measured.latency_ms > limit.of(measured.dense_ms)
+        if late or measured.crossover is None:
+            dense_ms = problem.predict(problem.dense).latency_ms
+            here = measured.latency_ms * dense_ms / measured.dense_ms
+            learnt = replace(learnt, ms=learnt.ms * problem.latency.factor(assignment, here) * 1.02)
+        return learnt
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        plan: the chosen assignment; None when nothing met the budget.
+        attempts: all verified per-head plans, in order.
+        baselines: best uniform and best per-layer plan at the same budget, where there is one.
+        costs: the device's cost model.
+        search: id in the store.
+        run: id of the profile run.
+        fitted: layer to fitted data.
+        solver_seconds: from the stored scores to the solver's answer.
+    """
+
+    plan: Choice | None
+    attempts: tuple[Choice, ...]
+    baselines: tuple[Choice, ...]
+    costs: DeviceCosts
+    search: int
+    run: int
+    fitted: dict[int, dict[str, Tensor]]
+    solver_seconds: float
+    evaluations: int = 0
+
+
+@dataclass
+class Planner:
+    """A search in progress: the model, its scores and costs, and what has been measured."""
+
+    loaded: LoadedModel
+    work: Workload
+    holdout: TokenSet
+    store: Store
+    database: str
+    request: Request
+    progress: Progress
+    run: records.ProfileRun
+    scores: ScoreTable
+    costs: DeviceCosts
+    fitted: dict[int, dict[str, Tensor]]
+    calibration: Reference = field(init=False)
+    reference: Reference = field(init=False)
+    measured_kl: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.calibration = Reference(self.loaded.model, self.work.tokens.tokens)
+        self.reference = Reference(self.loaded.model, self.holdout.tokens)
+
+    @property
+    def shape(self) -> AttentionShape:
+        found = self.loaded.identity
+        length = self.work.context
+        return AttentionShape(1, found.heads, found.kv_heads, length, length, found.head_dim)
+
+    def problem(self, corrections: Corrections) -> Problem:
+        """The separable problem with corrections learnt from measurements."""
+        choices = self.scores.candidates
+        model = self.costs.fit.model.calibrated(corrections.ms)
+        fisher = self.scores.texts + corrections.copying * self.scores.copying
+        return Problem(
+            names=tuple(catalog.key(a) for a in choices),
+            families=tuple(a.family for a in choices),
+            windows=tuple(self._window(a) for a in choices),
+            fisher=fisher,
+            density=np.array([a.density(self.shape) for a in choices]),
+            kv_bytes=np.ones(len(choices)),
+            group=self.shape.group,
+            latency=model,
+            calibration=corrections.kl,
+        )
+
+    def _window(self, approximation: Approximation) -> int:
+        """Nearest keys that a candidate always keeps."""
+        near = approximation.near
+        return self.work.context if approximation.is_dense else int(getattr(near, "window", 0))
+
+    def layers(self, assignment: Assignment) -> Layers:
+        choices = self.scores.candidates
+        return [[choices[c] for c in row] for row in assignment.tolist()]
+
+    def evaluate(self, assignment: Assignment, step: int) -> float:
+        """Measured KL of an assignment on one calibration text; kept in the store."""
+        name = assignment_digest(assignment)
+        if (name, step) not in self.measured_kl:
+            key = self._key("calibration kl", assignment, {"step": step, "stride": STRIDE})
+            values = self.store.load_measurement(key)
+            if values is None:
+                layers = self.layers(assignment)
+                kl, _, _ = self.calibration.compare(
+                    lambda: running(self.loaded.model, layers, self.fitted), step, STRIDE
+                )
+                values = {"kl": kl}
+                self.store.save_measurement(key, values)
+            self.measured_kl[name, step] = float(values["kl"])
+        return self.measured_kl[name, step]
+
+    def measure(self, assignment: Assignment, *, lengths: bool = True) -> Measured:
+        """Everything about an assignment on held-out text and on the device; kept in the store."""
+        conditions = {
+            "device": self.costs.device.digest,
+            "holdout": self.holdout.digest,
+            "lengths": lengths,
+            "repeats": self.request.repeats,
+        }
+        key = self._key("verification", assignment, conditions)
+        values = self.store.load_measurement(key)
+        if values is None:
+            found = measure(
+                self.loaded.model,
+                self.layers(assignment),
+                self.fitted,
+                self.reference,
+                self.shape,
+                induction_dense=self.induction_dense(),
+                seed=self.request.seed,
+                repeats=self.request.repeats,
+                lengths=lengths,
+                advance=self.progress.advance,
+            )
+            self.store.save_measurement(key, found.as_dict())
+            return found
+        return Measured.from_dict(values)
+
+    def induction_dense(self) -> float:
+        """What the original model copies; measured once."""
+        key = self._key("induction", None, {"seed": self.request.seed})
+        values = self.store.load_measurement(key)
+        if values is None:
+            accuracy = induction_accuracy(
+                self.loaded.model, original, length=self.work.context, seed=self.request.seed
+            )
+            values = {"accuracy": accuracy}
+            self.store.save_measurement(key, values)
+        return float(values["accuracy"])
+
+    def _key(
+        self, kind: str, assignment: Assignment | None, conditions: dict[str, Any]
+    ) -> records.MeasurementKey:
+        names = None
+        if assignment is not None:
+            names = [[catalog.key(a) for a in row] for row in self.layers(assignment)]
+        return records.MeasurementKey(
+            model=model_record(self.loaded),
+            kind=kind,
+            subject=digest(names),
+            conditions={"run": self.run.id, "context": self.work.context, **conditions},
+        )
+
+
+def plan(
+    loaded: LoadedModel,
+    work: Workload,
+    holdout: TokenSet,
+    store: Store,
+    database: str,
+    files: CaptureFiles,
+    request: Request,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Search for the best plan within a budget, and verify it.
+
+    Args:
+        loaded: the model, not patched.
+        work: calibration texts.
+        holdout: texts that share nothing with them, of the same length.
+        store: where everything that is learnt is kept.
+        database: URL of the same store, for the study.
+        files: captured tensors between profiling and scoring.
+        request: budget and effort.
+        progress: where long steps report to.
+
+    Raises:
+        BudgetError: the budget is out of reach by the cost models alone.
+    """
+    progress = progress or Quiet()
+    progress.stage("Profiling", work.texts + 1)
+    run = profile(loaded, work, store, files, progress.advance)
+    found = loaded.identity
+    length = work.context
+    shape = AttentionShape(1, found.heads, found.kv_heads, length, length, found.head_dim)
+    candidates = offered(shape)
+    progress.stage("Scoring candidates", work.texts + 1)
+    scores = score(loaded, work, store, files, run, candidates, progress.advance)
+    progress.stage("Timing kernels", None)
+    costs = measure_device(
+        loaded, work, store, run, candidates, repeats=request.repeats, advance=progress.advance
+    )
+    planner = Planner(
+        loaded,
+        work,
+        holdout,
+        store,
+        database,
+        request,
+        progress,
+        run,
+        scores,
+        costs,
+        fitted_tensors(store, run.id),
+    )
+    return _search(planner)
+
+
+def _search(planner: Planner) -> Outcome:
+    """Solve, search, refine and verify until a plan holds what it promises."""
+    request, store, progress = planner.request, planner.store, planner.progress
+    began = time.perf_counter()
+    corrections = Corrections()
+    problem = planner.problem(corrections)
+    budget = never_slower(request.budget, problem)
+    solve(problem, budget)  # a budget that is out of reach fails here
+    solver_seconds = time.perf_counter() - began
+    study = f"attnplan-{_study_digest(planner, problem, budget)}"
+    key = records.SearchKey(
+        planner.run.id, planner.costs.device, request.budget.canonical(), request.seed
+    )
+    search = store.open_search(key, study)
+
+    attempts: list[Choice] = []
+    for attempt in range(ATTEMPTS):
+        problem = planner.problem(corrections)
+        try:
+            best = _best(planner, problem, budget, study if attempt == 0 else None)
+        except BudgetError:
+            if attempt == 0:
+                raise
+            break  # corrected by what was measured, the budget is out of reach
+        progress.stage(f"Verifying plan {attempt + 1}", None)
+        choice = _measured(planner, "per head", best.assignment, problem)
+        attempts.append(choice)
+        if not choice.misses:
+            break
+        corrections = corrections.learn(choice, best.assignment, problem, request.budget)
+    chosen = attempts[-1] if not attempts[-1].misses else None
+    progress.stage("Measuring baselines", None)
+    others = _baselines(planner, planner.problem(Corrections()))
+    store.finish_search(
+        search.id,
+        "complete" if chosen else "infeasible",
+        {
+            "attempts": [{"misses": list(c.misses), **c.measured.as_dict()} for c in attempts],
+            "solver_seconds": solver_seconds,
+        },
+    )
+    return Outcome(
+        plan=chosen,
+        attempts=tuple(attempts),
+        baselines=tuple(others),
+        costs=planner.costs,
+        search=search.id,
+        run=planner.run.id,
+        fitted=planner.fitted,
+        solver_seconds=solver_seconds,
+        evaluations=len(planner.measured_kl),
+    )
+
+
+def never_slower(budget: Budget, problem: Problem) -> Budget:
+    """The budget with a latency limit below dense, whatever else it says."""
+    limit = Limit(MARGIN, "x")
+    dense_ms = problem.predict(problem.dense).latency_ms
+    if budget.max_latency is not None:
+        limit = min(limit, budget.max_latency, key=lambda each: each.of(dense_ms))
+    return replace(budget, max_latency=limit, minimize=budget.objective)
+
+
+def _best(planner: Planner, problem: Problem, budget: Budget, study: str | None) -> Evaluated:
+    """The best assignment by measured KL on the calibration texts."""
+    request, progress = planner.request, planner.progress
+    steps = planner.work.texts
+    if study is not None and request.trials > 0:
+        progress.stage("Searching", request.trials)
+        warm = [s.assignment for s in front(problem, points=16) if _within(s, problem, budget)]
+        result = run_study(
+            problem,
+            budget,
+            planner.evaluate,
+            steps=steps,
+            trials=request.trials,
+            storage_url=planner.database,
+            study_name=study,
+            seed=request.seed,
+            warm_start=[solve(problem, budget).assignment, *warm[:1]],
+            progress=lambda done, total, kl: progress.advance(
+                "" if kl is None else f"best KL {kl:.4f}"
+            ),
+        )
+        incumbent = result.best
+    else:
+        solution = solve(problem, budget)
+        kls = tuple(planner.evaluate(solution.assignment, step) for step in range(steps))
+        incumbent = Evaluated(solution.assignment, solution.prediction, kls)
+    if request.swaps < 1:
+        return incumbent
+    progress.stage("Refining", request.swaps)
+    refined = refine(
+        problem,
+        budget,
+        incumbent,
+        planner.evaluate,
+        evaluations=request.swaps,
+        progress=lambda done, total, kl: progress.advance(f"KL {kl:.4f}"),
+    )
+    return refined.best
+
+
+def _within(solution: Solution, problem: Problem, budget: Budget) -> bool:
+    return meets(solution.prediction, limits_of(problem, budget))
+
+
+def _study_digest(planner: Planner, problem: Problem, budget: Budget) -> str:
+    """Of everything that a study's trials depend on."""
+    return digest(
+        [
+            planner.run.id,
+            planner.costs.device.digest,
+            budget.canonical(),
+            planner.request.seed,
+            list(problem.names),
+            problem.fisher.tolist(),
+            problem.latency.head_ms.tolist(),
+        ]
+    )[:24]
+
+
+def _measured(planner: Planner, name: str, assignment: Assignment, problem: Problem) -> Choice:
+    """Verify an assignment against the budget."""
+    predicted = problem.predict(assignment)
+    measured = planner.measure(assignment, lengths=name == "per head")
+    dense_ms = problem.predict(problem.dense).latency_ms
+    return Choice(
+        name=name,
+        layers=planner.layers(assignment),
+        predicted_kl=predicted.kl,
+        predicted_ms=predicted.latency_ms * measured.dense_ms / dense_ms,
+        measured=measured,
+        misses=tuple(misses(measured, planner.request.budget)),
+    )
+
+
+def _baselines(planner: Planner, problem: Problem) -> list[Choice]:
+    """Best uniform and best per-layer plan at the same budget, by measured KL."""
+    budget = planner.request.budget
+    found = []
+    steps = range(planner.work.texts)
+    uniform = _best_uniform(planner, problem, budget)
+    if uniform is not None:
+        found.append(_measured(planner, "uniform", uniform, problem))
+    try:
+        layered = baselines.per_layer(problem, budget).assignment
+    except BudgetError:
+        return found
+    if uniform is not None:  # one method for all layers is a per-layer plan too
+        layered = min(
+            (layered, uniform), key=lambda a: sum(planner.evaluate(a, step) for step in steps)
+        )
+    found.append(_measured(planner, "per layer", layered, problem))
+    return found
+
+
+def _best_uniform(planner: Planner, problem: Problem, budget: Budget) -> Assignment | None:
+    """One candidate for all heads: of the three best by prediction, the best by measurement."""
+    limits = limits_of(problem, budget)
+    objective = {"kl": "kl", "latency": "latency_ms", "memory": "kv_share"}[budget.objective]
+    fits = {c: p for c, p in baselines.uniforms(problem).items() if meets(p, limits)}
+    ranked = sorted(fits, key=lambda c: (getattr(fits[c], objective), fits[c].kl))
+    if budget.objective != "kl":
+        chosen = ranked[:1]
+    else:
+        chosen = ranked[:3]
+    assignments = [np.full_like(problem.dense, c) for c in chosen]
+    steps = range(planner.work.texts)
+    return min(
+        assignments,
+        key=lambda a: sum(planner.evaluate(a, step) for step in steps),
+        default=None,
+    )

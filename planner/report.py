@@ -1,0 +1,188 @@
+"""Tables and plans from the outcome of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnplan.kernels.executor import engine_digest
+from attnplan.models import LoadedModel
+from attnplan.plan import Plan, Target
+from attnplan.planning import Choice, Outcome
+from attnplan.profiles.calibration import TokenSet
+from attnplan.profiling import Workload
+from attnplan.search.budget import Budget
+
+HEADERS = (
+    "plan",
+    "density",
+    "KL",
+    "ppl ratio",
+    "prefill",
+    "induction",
+    "predicted KL",
+    "predicted prefill",
+    "misses",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison.
+
+    Attributes:
+        name: what was compared.
+        density: share of dense multiply-adds.
+        kl: held-out KL per token, in nats.
+        ppl_ratio: perplexity over the original's.
+        speedup: of the whole prefill, measured.
+        induction: share of a repeated random string that is copied.
+        predicted_kl: by the scores.
+        predicted_speedup: by the device's cost model.
+        note: what it breaks.
+    """
+
+    name: str
+    density: float
+    kl: float
+    ppl_ratio: float
+    speedup: float
+    induction: float
+    predicted_kl: float
+    predicted_speedup: float
+    note: str = ""
+
+
+def comparison(outcome: Outcome) -> list[Row]:
+    """Dense, the baselines, and the per-head plan (or the last one that was tried)."""
+    last = outcome.plan or outcome.attempts[-1]
+    dense = Row("dense", 1.0, 0.0, 1.0, 1.0, last.measured.induction_dense, 0.0, 1.0)
+    order = {"uniform": 0, "per layer": 1}
+    others = sorted(outcome.baselines, key=lambda choice: order[choice.name])
+    rows = [dense, *(_row(choice, f"best {choice.name}") for choice in others)]
+    return [*rows, _row(last, "per head")]
+
+
+def _row(choice: Choice, name: str) -> Row:
+    measured = choice.measured
+    return Row(
+        name=name,
+        density=measured.density,
+        kl=measured.quality.kl_per_token,
+        ppl_ratio=measured.quality.perplexity_ratio,
+        speedup=measured.speedup,
+        induction=measured.induction,
+        predicted_kl=choice.predicted_kl,
+        predicted_speedup=measured.dense_ms / choice.predicted_ms,
+        note="; ".join(choice.misses),
+    )
+
+
+def to_plan(
+    loaded: LoadedModel,
+    outcome: Outcome,
+    work: Workload,
+    holdout: TokenSet,
+    budget: Budget,
+    versions: dict[str, str],
+) -> Plan:
+    """The plan of a successful search, with its evidence.
+
+    Raises:
+        ValueError: nothing met the budget.
+    """
+    choice = outcome.plan
+    if choice is None or choice.measured.crossover is None:
+        raise ValueError("the search found no plan within its budget")
+    model = loaded.model
+    target = Target(
+        device=outcome.costs.device.name,
+        kind=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        engine=f"{model.device.type} {engine_digest(model.device.type)}",
+        versions=versions,
+    )
+    evidence = {
+        "calibration": {
+            "data": work.tokens.name,
+            "digest": work.tokens.digest,
+            "sequences": work.texts,
+            "context": work.context,
+            "seed": work.seed,
+        },
+        "holdout": {
+            "data": holdout.name,
+            "split": holdout.split,
+            "digest": holdout.digest,
+            "sequences": int(holdout.tokens.shape[0]),
+        },
+        "budget": budget.canonical(),
+        "measured": _figures(choice),
+        "predicted": {
+            "kl_per_token": _short(choice.predicted_kl),
+            "latency_ms": _short(choice.predicted_ms),
+        },
+        "baselines": {other.name: _figures(other) for other in outcome.baselines},
+        "cost_model_error": _short(outcome.costs.fit.mape),
+        "store": {"profile_run": outcome.run, "search": outcome.search},
+    }
+    return Plan.from_assignment(
+        choice.layers,
+        model=loaded.identity,
+        target=target,
+        context=(choice.measured.crossover, work.context),
+        evidence=evidence,
+        fitted=outcome.fitted,
+    )
+
+
+def figures(choice: Choice) -> dict[str, float]:
+    """Measured numbers as the store keeps them beside a plan."""
+    measured = choice.measured
+    return {
+        "density": measured.density,
+        "kl_per_token": measured.quality.kl_per_token,
+        "perplexity": measured.quality.perplexity,
+        "perplexity_dense": measured.quality.perplexity_dense,
+        "latency_ms": measured.latency_ms,
+        "latency_dense_ms": measured.dense_ms,
+        "induction_accuracy": measured.induction,
+    }
+
+
+def _figures(choice: Choice) -> dict[str, Any]:
+    measured = choice.measured
+    quality = measured.quality
+    return {
+        "density": _short(measured.density),
+        "kl_per_token": _short(quality.kl_per_token),
+        "kl_standard_error": _short(quality.kl_spread),
+        "perplexity_ratio": _short(quality.perplexity_ratio),
+        "induction_accuracy": [_short(measured.induction), _short(measured.induction_dense)],
+        "latency_ms": [_short(measured.latency_ms), _short(measured.dense_ms)],
+        "speedups": {length: _short(value) for length, value in measured.speedups.items()},
+    }
+
+
+def _short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of a comparison as text."""
+    return [
+        [
+            row.name,
+            f"{row.density:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.ppl_ratio:.4f}",
+            f"{row.speedup:.2f}x",
+            f"{row.induction:.3f}",
+            f"{row.predicted_kl:.4f}",
+            f"{row.predicted_speedup:.2f}x",
+            row.note,
+        ]
+        for row in rows
+    ]

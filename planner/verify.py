@@ -1,0 +1,195 @@
+"""Measure an assignment on held-out text and on the device, and hold it against its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from attnplan.evaluate import Quality, Reference, induction_accuracy, prefill_latency
+from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.patch import patch_assignment, unpatch
+from attnplan.plan import Fitted
+from attnplan.search.budget import Budget
+
+INDUCTION_LOSS = 0.03
+"""A plan may copy at most this much less of a repeated random string than the original."""
+FASTER = 1.02
+"""A plan must beat dense by this factor at a length to be used there."""
+LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536)
+
+Layers = Sequence[Sequence[Approximation]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a plan costs and gains, as measured.
+
+    Attributes:
+        density: multiply-adds, selection included, over those of dense causal attention.
+        quality: on held-out text.
+        induction, induction_dense: share of a repeated random string that is copied.
+        speedup: of the whole prefill at the context, dense time over the plan's.
+        latency_ms, dense_ms: of that prefill.
+        crossover: shortest tested length from which on the plan is faster; None if it never is.
+        speedups: by tested length.
+    """
+
+    density: float
+    quality: Quality
+    induction: float
+    induction_dense: float
+    latency_ms: float
+    dense_ms: float
+    crossover: int | None
+    speedups: dict[int, float]
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_ms / self.latency_ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the store."""
+        plain = asdict(self)
+        plain["quality"]["kl_by_sequence"] = list(self.quality.kl_by_sequence)
+        plain["speedups"] = {str(length): value for length, value in self.speedups.items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Measured:
+        quality = dict(plain["quality"])
+        quality["kl_by_sequence"] = tuple(quality["kl_by_sequence"])
+        speedups = {int(length): value for length, value in plain["speedups"].items()}
+        return cls(**{**plain, "quality": Quality(**quality), "speedups": speedups})
+
+
+@contextmanager
+def running(model: Any, layers: Layers, fitted: Fitted) -> Iterator[None]:
+    """The model under an assignment, at every length."""
+    patch_assignment(model, layers, fitted)
+    try:
+        yield
+    finally:
+        unpatch(model)
+
+
+def density(layers: Layers, shape: AttentionShape) -> float:
+    """Share of dense multiply-adds, the mean over layers and heads."""
+    known: dict[Approximation, float] = {}
+    total = 0.0
+    for row in layers:
+        for approximation in row:
+            if approximation not in known:
+                known[approximation] = approximation.density(shape)
+            total += known[approximation]
+    return total / sum(len(row) for row in layers)
+
+
+def measure(
+    model: Any,
+    layers: Layers,
+    fitted: Fitted,
+    reference: Reference,
+    shape: AttentionShape,
+    *,
+    induction_dense: float,
+    seed: int = 0,
+    repeats: int = 3,
+    lengths: bool = True,
+    advance: Callable[[str], None] = lambda _: None,
+) -> Measured:
+    """Measure an assignment at the context of `reference`.
+
+    Args:
+        model: not patched.
+        layers: the assignment.
+        fitted: layer to fitted data.
+        reference: the original model on held-out texts.
+        shape: of one layer's attention at the context.
+        induction_dense: what the original copies.
+        seed: of the random strings.
+        repeats: pairs of timed prefills.
+        lengths: also find the crossover on shorter texts.
+        advance: called with what comes next.
+    """
+    context = shape.keys
+
+    def applied() -> Any:
+        return running(model, layers, fitted)
+
+    advance("held-out text")
+    quality = reference.quality(applied)
+    advance("induction")
+    copied = induction_accuracy(model, applied, length=context, seed=seed)
+    advance(f"prefill of {context}")
+    text = reference.sequences[0]
+    timing = prefill_latency(model, applied, text, repeats=repeats)
+    speedups = {context: timing.dense_ms / timing.median_ms}
+    if lengths:
+        speedups |= shorter_speedups(model, applied, text, speedups[context], repeats, advance)
+    return Measured(
+        density=density(layers, shape),
+        quality=quality,
+        induction=copied,
+        induction_dense=induction_dense,
+        latency_ms=timing.median_ms,
+        dense_ms=timing.dense_ms,
+        crossover=crossover(speedups),
+        speedups=dict(sorted(speedups.items())),
+    )
+
+
+def shorter_speedups(
+    model: Any,
+    applied: Callable[[], Any],
+    text: Tensor,
+    at_context: float,
+    repeats: int,
+    advance: Callable[[str], None],
+) -> dict[int, float]:
+    """Speed-ups at shorter lengths, from long to short, until the plan is slower."""
+    found: dict[int, float] = {}
+    if at_context < FASTER:
+        return found
+    for length in sorted((n for n in LENGTHS if n < len(text)), reverse=True):
+        advance(f"prefill of {length}")
+        timing = prefill_latency(model, applied, text[:length], repeats=repeats + 2)
+        found[length] = timing.dense_ms / timing.median_ms
+        if found[length] < FASTER:
+            break
+    return found
+
+
+def crossover(speedups: dict[int, float]) -> int | None:
+    """Shortest length from which on every tested length is faster than dense."""
+    shortest = None
+    for length in sorted(speedups, reverse=True):
+        if speedups[length] < FASTER:
+            break
+        shortest = length
+    return shortest
+
+
+def misses(measured: Measured, budget: Budget) -> list[str]:
+    """What a measured plan breaks, one sentence each; empty when it is feasible."""
+    found = []
+    if budget.max_density is not None and measured.density > budget.max_density * (1 + 1e-9):
+        found.append(f"density {measured.density:.3f} is above {budget.max_density:g}")
+    if budget.max_kl is not None and measured.quality.kl_per_token > budget.max_kl:
+        found.append(f"KL {measured.quality.kl_per_token:.4f} is above {budget.max_kl:g}")
+    ratio = measured.quality.perplexity_ratio
+    if budget.max_ppl_ratio is not None and ratio > budget.max_ppl_ratio:
+        found.append(f"perplexity ratio {ratio:.4f} is above {budget.max_ppl_ratio:g}")
+    if budget.max_latency is not None:
+        limit = budget.max_latency.of(measured.dense_ms)
+        if measured.latency_ms > limit:
+            found.append(f"prefill of {measured.latency_ms:.0f} ms is above {limit:.0f} ms")
+    if measured.crossover is None:
+        found.append(f"prefill is not faster than dense (speed-up {measured.speedup:.2f}x)")
+    if measured.induction < measured.induction_dense - INDUCTION_LOSS:
+        copied, dense = measured.induction, measured.induction_dense
+        found.append(f"induction copies {copied:.3f}, the original {dense:.3f}")
+    return found
