@@ -369,8 +369,9 @@ def _one_sentence(name: str) -> Iterator[None]:
         told = " ".join(str(error).split())
         if isinstance(error, OSError) and ("connect" in told or "not a valid model id" in told):
             told = (
-                "it is no path here, and the Hugging Face hub does not have it or cannot be reached"
+                "it is no path here, and the Hugging Face hub does not have it or cannot be "
+                f"reached; the demo model is called {DEMO}"
             )
         else:
-            told = told.split(". ")[0]
-        raise ValueError(f"cannot load {name}: {told}; the demo model is called {DEMO}") from None
+            told = told.split(". ")[0].rstrip(".")
+        raise ValueError(f"cannot load {name}: {told}") from None

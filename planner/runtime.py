@@ -143,6 +143,9 @@ def attention(
     state: LayerState | None = getattr(module, ATTRIBUTE, None)
     if state is None:
         state = _adopt(module, options.get("sliding_window"))
+    if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        # A fresh prefill into a static cache, whose keys after the queries are empty.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     kernel = None
     if state is not None:
         if options.get("output_attentions"):
@@ -194,6 +197,7 @@ def _choose(
     return kernel, start
 
 
+@torch.compiler.disable
 def mask(
     batch_size: int,
     q_length: int,
@@ -215,7 +219,7 @@ def mask(
         local_size is not None and kv_length <= local_size
     )
     fresh = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
-    if plain and fresh and allow_is_causal_skip and not torch.compiler.is_compiling():
+    if plain and fresh and allow_is_causal_skip:
         if attention_mask is None or bool(attention_mask.all()):
             return None
         if attention_mask.shape[1] == kv_length:

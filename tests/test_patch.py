@@ -176,6 +176,26 @@ def test_generate_gives_the_same_tokens(name: str) -> None:
     assert ran(model, PLANNED)[1] == 8
 
 
+def test_prefill_into_a_static_cache_runs_the_plan(model: PreTrainedModel) -> None:
+    ids, options = text(60), {"max_new_tokens": 4, "do_sample": False}
+    patch(model, plan_for(model, NARROW))
+    expected = model.generate(ids, **options)
+    reset_stats(model)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert (ran(model, PLANNED), ran(model, CONTINUED)) == ([1, 1], [3, 3])
+
+
+def test_a_compiled_model_runs_the_plan(model: PreTrainedModel) -> None:
+    ids, mask = padded()
+    patch(model, plan_for(model, NARROW))
+    expected = logits(model, ids, attention_mask=mask)
+    reset_stats(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    assert close(logits(compiled, ids, attention_mask=mask), expected)
+    assert close(logits(compiled, ids), logits(model, ids))
+    assert ran(model, PLANNED) == [3, 3]
+
+
 def test_a_narrow_window_changes_the_logits(model: PreTrainedModel) -> None:
     ids = text()
     before = logits(model, ids)
