@@ -169,7 +169,16 @@ def _quiet() -> Iterator[None]:
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
     arguments = {"timeout": WAIT_S, "factory": _Connection} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
+        except Exception as error:  # of SQLAlchemy, which only the store imports
+            # Two processes create the tables of a new database: the later one looks again.
+            raced = any(text in str(error) for text in ("already exists", "alembic_version"))
+            if not raced or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 class _Connection(sqlite3.Connection):

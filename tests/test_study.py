@@ -99,7 +99,7 @@ DENSITY = Budget(max_density=0.35)
 
 def test_the_study_and_the_refinement_each_beat_the_solver(tmp_path: Path) -> None:
     solver = measured(Model(), solve(PROBLEM, DENSITY).assignment)
-    result = run(tmp_path, Model(), DENSITY, 40)
+    result = run(tmp_path, Model(), DENSITY, 24)
     assert result.feasible
     assert result.best.kl < 0.8 * solver.kl
     alone = refine(PROBLEM, DENSITY, solver, Model(), evaluations=40)
@@ -139,68 +139,75 @@ def test_calibration_is_the_median_ratio_of_measured_to_predicted_kl() -> None:
 
 def test_no_assignment_is_measured_twice_on_a_sequence(tmp_path: Path) -> None:
     model = Model()
-    result = run(tmp_path, model, DENSITY, 25, warm_start=[solve(PROBLEM, DENSITY).assignment])
+    result = run(tmp_path, model, DENSITY, 18, warm_start=[solve(PROBLEM, DENSITY).assignment])
     assert len(model.calls) == len(set(model.calls))
-    assert [t.number for t in result.trials if t.number is not None] == list(range(25))
+    assert [t.number for t in result.trials if t.number is not None] == list(range(18))
+    pruned = [t for t in result.trials if t.state == "pruned"]
+    assert pruned
+    assert all(t.steps < STEPS for t in pruned), "pruned by sequence"
+    assert all(t.steps == STEPS for t in result.trials if t.state == "complete")
     neutral = next(t for t in result.trials if t.origin == "neutral")
     assert neutral.reused
     assert result.trials[0].origin == "warm start"
     assert neutral.kl == result.trials[0].kl
 
 
-def test_trials_that_fall_behind_are_pruned_by_sequence(tmp_path: Path) -> None:
-    model = Model()
-    result = run(tmp_path, model, DENSITY, 25)
-    pruned = [t for t in result.trials if t.state == "pruned"]
-    assert pruned
-    assert all(t.steps < STEPS for t in pruned)
-    assert all(t.steps == STEPS for t in result.trials if t.state == "complete")
-
-
 def test_an_interrupted_study_goes_on_to_the_same_number_of_trials(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(tmp_path, Model(fail_at=17), DENSITY, 20)
+        run(tmp_path, Model(fail_at=14), DENSITY, 10)
     rest = Model()
-    result = run(tmp_path, rest, DENSITY, 20)
-    assert len(result.trials) == 20
+    result = run(tmp_path, rest, DENSITY, 10)
+    assert len(result.trials) == 10
     (tmp_path / "whole").mkdir()
     whole = Model()
-    assert len(run(tmp_path / "whole", whole, DENSITY, 20).trials) == 20
+    assert len(run(tmp_path / "whole", whole, DENSITY, 10).trials) == 10
     assert len(rest.calls) == len(set(rest.calls)) < len(whole.calls)
     again = Model()
-    assert run(tmp_path, again, DENSITY, 20).best.digest == result.best.digest
+    assert run(tmp_path, again, DENSITY, 10).best.digest == result.best.digest
     assert again.calls == [], "a finished study is read back"
 
 
-def test_a_killed_process_leaves_a_study_that_can_be_finished(tmp_path: Path) -> None:
+def start(
+    folder: Path, trials: int, *, kill_at: int = -1, seed: int = 0
+) -> subprocess.Popen[bytes]:
+    """Another process that runs the study, and kills itself at a measurement."""
     script = f"""
-        import importlib.util, os, sys
+        import importlib.util, os
         from pathlib import Path
         spec = importlib.util.spec_from_file_location("t", {__file__!r})
         t = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(t)
         class Killed(t.Model):
             def __call__(self, assignment, step):
-                if len(self.calls) == 12:
+                if len(self.calls) == {kill_at}:
                     os.kill(os.getpid(), 9)
                 return super().__call__(assignment, step)
-        t.run(Path({str(tmp_path)!r}), Killed(), t.DENSITY, 15)
+        t.run(Path({str(folder)!r}), Killed(), t.DENSITY, {trials}, seed={seed})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
-    assert done.returncode == -9
-    model = Model()
-    result = run(tmp_path, model, DENSITY, 15)
-    assert len(result.trials) == 15
-    assert len({t.number for t in result.trials}) == 15
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+
+
+def test_a_killed_process_leaves_a_study_that_can_be_finished(tmp_path: Path) -> None:
+    assert start(tmp_path, 12, kill_at=12).wait() == -9
+    result = run(tmp_path, Model(), DENSITY, 12)
+    assert len({t.number for t in result.trials}) == len(result.trials) == 12
     origins = [t.origin for t in result.trials if t.origin != "sampled"]
     assert len(origins) == len(set(origins)), "each queued trial ends once"
+
+
+def test_two_processes_work_on_one_study(tmp_path: Path) -> None:
+    both = [start(tmp_path, 10, seed=seed) for seed in (1, 2)]
+    assert [process.wait() for process in both] == [0, 0]
+    result = run(tmp_path, Model(), DENSITY, 10)
+    assert 10 <= len(result.trials) <= 11, "the last trials of both may end together"
+    assert result.feasible
 
 
 def test_the_same_seed_gives_the_same_study(tmp_path: Path) -> None:
     results = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        results.append(run(tmp_path / name, Model(), DENSITY, 15, seed=3))
+        results.append(run(tmp_path / name, Model(), DENSITY, 10, seed=3))
     assert [t.digest for t in results[0].trials] == [t.digest for t in results[1].trials]
 
 
@@ -209,7 +216,7 @@ def test_the_least_latency_within_a_kl_is_found_as_measured(tmp_path: Path) -> N
     model = Model()
     plain = measured(model, solve(PROBLEM, budget).assignment)
     assert plain.kl > 0.05, "the separable model is too optimistic here"
-    result = run(tmp_path, model, budget, 30)
+    result = run(tmp_path, model, budget, 24)
     assert result.feasible
     assert result.best.kl <= 0.05
     assert result.best.prediction.latency_ms < PROBLEM.predict(PROBLEM.dense).latency_ms
@@ -236,7 +243,7 @@ def test_measured_latency_decides_what_is_feasible(tmp_path: Path) -> None:
     def slower(assignment: Assignment) -> float:
         return 1.1 * PROBLEM.predict(assignment).latency_ms
 
-    result = run(tmp_path, Model(), budget, 20, measure_latency=slower)
+    result = run(tmp_path, Model(), budget, 12, measure_latency=slower)
     assert result.feasible
     assert result.best.latency_ms is not None
     assert result.best.latency_ms <= limit
