@@ -1,4 +1,4 @@
-"""Models: load one by any of its names, find its attention modules, and say which model it is.
+"""Models: load one by any of its names, and say which model it is.
 
 A MODEL is a Hugging Face id, a local directory, a .gguf file, or the demo name `smollm2-135m`.
 """
@@ -9,17 +9,16 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from attnplan.attention_sites import attention_sites
 from attnplan.plan import ModelIdentity
 from attnplan.plan_yaml import plain
 
@@ -43,23 +42,6 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: Any
     identity: ModelIdentity
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention module of a model, as a forward pass calls it.
-
-    Attributes:
-        name: qualified module name, such as `model.layers.0.self_attn`.
-        heads, kv_heads, head_dim: sizes of the call.
-        sliding_window: keys the model's own sliding attention reads, None for full attention.
-    """
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    sliding_window: int | None
 
 
 def load_model(
@@ -211,126 +193,6 @@ def _sign_bits(sample: Tensor) -> bytes:
 
 def _octets(sample: Tensor) -> bytes:
     return bytes(sample.cpu().contiguous().view(torch.uint8).numpy())
-
-
-def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
-    """The attention modules of a model, in the order in which a forward pass calls them.
-
-    Found by a forward pass over two tokens with an attention function that takes notes, so that
-    nothing has to be known about architectures.
-
-    Raises:
-        ValueError: the model does not go through AttentionInterface, or does something with its
-            scores that the plan path would not honour.
-    """
-    if model not in _SITES:
-        _SITES[model] = _find_sites(model)
-    return _SITES[model]
-
-
-@contextmanager
-def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Switch the attention implementation inside the `with` block, and back exactly afterwards."""
-    before = implementations(model)
-    try:
-        set_implementation(model, name)
-        yield
-    finally:
-        for config, previous in before:
-            config._attn_implementation_internal = previous
-
-
-def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """Every configuration inside a model, with the implementation that it names."""
-    found: dict[int, Any] = {}
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    while queue:
-        config = queue.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            queue.extend(getattr(config, key, None) for key in config.sub_configs)
-    return [(config, config._attn_implementation_internal) for config in found.values()]
-
-
-def set_implementation(model: PreTrainedModel, name: str) -> None:
-    """Raises ValueError where the model's attention cannot be switched."""
-    refusal = ValueError(
-        f"{type(model).__name__} does not use AttentionInterface; attnplan needs a model whose "
-        "attention implementation can be switched"
-    )
-    if not model._can_set_attn_implementation():
-        raise refusal
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise refusal
-
-
-_SITES: WeakKeyDictionary[PreTrainedModel, tuple[AttentionSite, ...]] = WeakKeyDictionary()
-_PROBE = "attnplan_probe"
-_Call = tuple[nn.Module, tuple[int, ...], int, dict[str, Any]]
-_CALLS: ContextVar[list[_Call]] = ContextVar("attention calls")
-
-
-def _take_notes(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-) -> tuple[Tensor, None]:
-    _CALLS.get().append((module, tuple(query.shape), key.shape[1], options))
-    batch, heads, queries, _ = query.shape
-    return value.new_zeros(batch, queries, heads, value.shape[-1]), None
-
-
-def _find_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
-    architecture = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
-        raise ValueError(f"{architecture} is no decoder-only causal language model")
-    calls = _probe(model)
-    if not calls:
-        raise ValueError(
-            f"{architecture} does not use AttentionInterface; attnplan needs a model whose "
-            "attention implementation can be switched"
-        )
-    names = {id(module): name for name, module in model.named_modules()}
-    sites: list[AttentionSite] = []
-    seen: set[int] = set()
-    for module, (_, heads, _, head_dim), kv_heads, options in calls:
-        name = names[id(module)]
-        for option, words in _UNPLANNABLE.items():
-            if options.get(option) is not None:
-                raise ValueError(
-                    f"{architecture} uses {words} in {name}; attnplan cannot plan it yet"
-                )
-        if options.get("is_causal", getattr(module, "is_causal", True)) is False:
-            raise ValueError(
-                f"{name} of {architecture} is not causal; attnplan plans causal attention"
-            )
-        if id(module) in seen:
-            raise ValueError(
-                f"{architecture} calls {name} twice; attnplan needs one call per layer"
-            )
-        seen.add(id(module))
-        sites.append(AttentionSite(name, heads, kv_heads, head_dim, options.get("sliding_window")))
-    return tuple(sites)
-
-
-_UNPLANNABLE = {
-    "softcap": "soft-capped attention scores",
-    "s_aux": "learned sink logits",
-    "position_bias": "a position bias on the attention scores",
-}
-
-
-def _probe(model: PreTrainedModel) -> list[_Call]:
-    """What the attention function is called with, by a forward pass over two tokens."""
-    AttentionInterface.register(_PROBE, _take_notes)
-    calls: list[_Call] = []
-    token = _CALLS.set(calls)
-    try:
-        with implementation(model, _PROBE), torch.no_grad():
-            device = model.get_input_embeddings().weight.device
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        _CALLS.reset(token)
-    return calls
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:

@@ -23,14 +23,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from attnplan.attention_sites import attention_sites, implementations, set_implementation
 from attnplan.kernels.approximation import Approximation
-from attnplan.models import (
-    attention_sites,
-    identity,
-    implementations,
-    load_weights,
-    set_implementation,
-)
+from attnplan.models import identity, load_weights
 from attnplan.plan import Assignment, Fitted, Plan, PlanError
 from attnplan.runtime import ATTRIBUTE, NAME, LayerState, ModelState, check_sliding
 

@@ -25,8 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from attnplan.attention_sites import attention_sites
 from attnplan.models import (
-    attention_sites,
     check_context,
     identity,
     load_model,
