@@ -89,7 +89,7 @@ class Store:
             except StatementError as error:
                 if isinstance(error, DBAPIError):
                     raise
-                raise ValueError(f"cannot be stored: {error.orig}") from error
+                raise ValueError(str(error.orig)) from error
 
     # Profile runs
 

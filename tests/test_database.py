@@ -276,7 +276,7 @@ def test_a_measurement_is_found_by_everything_that_determines_it(url: str) -> No
         store.save_measurement(same, {"kl_per_token": 0.125})
         assert store.load_measurement(key) == {"kl_per_token": 0.125}
         assert store.load_measurement(replace(key, kind="latency")) is None
-        with pytest.raises(ValueError, match="cannot be stored"):
+        with pytest.raises(ValueError, match="cannot be stored as JSON: Out of range"):
             store.save_measurement(key, {"kl_per_token": float("nan")})
         assert store.load_measurement(key) == {"kl_per_token": 0.125}
 

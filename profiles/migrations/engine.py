@@ -168,7 +168,10 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be stored as JSON: {error}: {value!r}") from None
 
 
 def _reason(error: DBAPIError) -> str:
