@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from attnplan.profiles import spectra
 from attnplan.profiles.layer_statistics import ENTROPY_EDGES, NORM_EDGES, LayerStatistics
 from attnplan.profiles.probes import TOPS, WINDOWS
+from attnplan.profiles.records import HeadProfile
 from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class HeadProfile:
-    """What one head's attention looks like on the calibration texts.
-
-    Attributes:
-        layer, head: which head.
-        scalars: every name of `SCALAR_NAMES`; NaN where the model or the texts do not tell (before
-            RoPE where queries and keys are not exposed; shares of a far mass that is zero).
-        arrays: every name of `ARRAY_NAMES`.
-    """
-
-    layer: int
-    head: int
-    scalars: dict[str, float]
-    arrays: dict[str, Array]
-
-
 def finalise(statistics: LayerStatistics) -> list[HeadProfile]:
-    """The profile of every head of a layer."""
+    """The profile of every head of a layer.
+
+    A scalar is NaN where the model or the texts do not tell: before RoPE where queries and keys are
+    not exposed, shares of a far mass that is zero.
+    """
     return [_profile(statistics, head) for head in range(statistics.heads)]
 
 

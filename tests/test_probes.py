@@ -14,15 +14,18 @@ from torch import Tensor
 
 from attnplan.profiles import attention_rows, probes, spectra
 from attnplan.profiles.attention_rows import attend, log_rows
+from attnplan.profiles.capture import LayerCapture
 from attnplan.profiles.clusters import cluster_inertia
-from attnplan.profiles.head_profile import HeadProfile, finalise
+from attnplan.profiles.head_profile import finalise
 from attnplan.profiles.layer_statistics import (
     LayerStatistics,
     measure,
+    measure_layers,
     merge,
     merge_all,
     moments,
 )
+from attnplan.profiles.records import HeadProfile
 from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
 
 SCALE = 0.4
@@ -290,6 +293,25 @@ def test_moments_are_means_over_all_queries_and_keys_of_all_texts() -> None:
     torch.testing.assert_close(found.key_mean, key.mean(1).float())
     torch.testing.assert_close(found.query_gram, (query.mT @ query / 120).float())
     torch.testing.assert_close(found.key_gram, (key.mT @ key / 120).float())
+
+
+def test_layers_measured_at_once_are_measured_alike() -> None:
+    layers = []
+    for layer in range(5):
+        query, key, value = (t[None].float() for t in vectors(2, 2, 150, 8, 1.0, layer))
+        output = attend(query[0], key[0], value[0], scale=SCALE)[0][None]
+        layers.append(LayerCapture(layer, "", query, key, value, output, SCALE, output))
+    threads = torch.get_num_threads()
+    together = measure_layers(layers, seed=4)
+    assert torch.get_num_threads() == threads
+    for a, found in zip(layers, together, strict=True):
+        alone = measure(
+            a.layer, a.query, a.key, a.value, a.output, scale=SCALE, gradient=a.output, seed=4
+        )
+        assert found.layer == a.layer
+        for name, x in alone.arrays.items():
+            np.testing.assert_allclose(found.arrays[name], x, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert measure_layers([]) == []
 
 
 def profile_of(*parts: LayerStatistics) -> list[HeadProfile]:
