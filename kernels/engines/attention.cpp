@@ -57,8 +57,6 @@ namespace {
 constexpr int64_t BLOCK = 64, GROUP = 16, CHUNK = 256;
 constexpr int64_t CONTIGUOUS = 0, GATHER = 1, SLOTS = 2;
 constexpr int64_t FEW_ROWS = 4;       // a block with so few rows reads keys one by one
-constexpr int64_t SINGLE_KEY = 4;     // time of one listed pair / one pair of a dense tile
-constexpr int64_t PACK_GATHER = 640;  // time to pack a gather tile, in pairs of a dense tile
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504088896341f;
 
@@ -173,14 +171,43 @@ inline void put(Float16* p, float x) {  // round to nearest even, subnormals inc
     p->bits = h | sign;
 }
 
+template <class T, class V>
+inline void copy_first(T* p, V x, int64_t n) {
+    if (n >= W)
+        std::memcpy(p, &x, sizeof x);
+    else
+        std::memcpy(p, &x, n * sizeof(T));
+}
+
+// The first n of W elements are written.
+inline void store_first(float* p, vec x, int64_t n) { copy_first(p, x, n); }
+
+inline void store_first(BFloat16* p, vec x, int64_t n) {
+    uvec u = (uvec)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    copy_first(p, __builtin_convertvector(x == x ? rounded : uvec{} + 0x7fc0, hvec), n);
+}
+
+inline void store_first(Float16* p, vec x, int64_t n) {
+#if defined(__AVX512F__)
+    copy_first(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT), n);
+#else
+    for (int64_t i = 0; i < std::min<int64_t>(n, W); i++) put(p + i, x[i]);
+#endif
+}
+
 // Vector arithmetic -----------------------------------------------------------------------------
 
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 
-inline ivec lane_bits() {
+// x where the bit of the lane is set, -inf elsewhere.
+inline vec where_set(uint64_t word, vec x) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_mask_blend_ps((__mmask16)word, _mm512_set1_ps(NONE), (__m512)x);
+#else
     ivec bits;
     for (int i = 0; i < W; i++) bits[i] = 1 << i;
-    return bits;
+    return (isplat((int32_t)word) & bits) != 0 ? x : splat(NONE);
+#endif
 }
 
 inline bool any_above(vec x, float bound) {
@@ -193,6 +220,8 @@ inline bool any_above(vec x, float bound) {
 #endif
 }
 
+inline bool any_below(vec x, float bound) { return any_above(-x, -bound); }
+
 inline float reduce_max(vec x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);
@@ -204,6 +233,9 @@ inline float reduce_max(vec x) {
 }
 
 inline float reduce_add(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     float sum = 0;
     for (int i = 0; i < W; i++) sum += x[i];
     return sum;
@@ -313,11 +345,12 @@ inline void product(int64_t rows, int64_t depth, int64_t vectors, const float* a
                     const float* b, int64_t ldb, float* c, int64_t ldc, const float* alpha) {
     for (int64_t n = 0; n < vectors; n += 2)
         for (int64_t r = 0; r < rows; r += R) {
-            const float* al = alpha ? alpha + r : nullptr;
+            const float *ar = a + r * lda, *bn = b + n * W, *scale = alpha ? alpha + r : nullptr;
+            float* cn = c + r * ldc + n * W;
             if (n + 1 < vectors)
-                product_block<2>(depth, a + r * lda, lda, b + n * W, ldb, c + r * ldc + n * W, ldc, al);
+                product_block<2>(depth, ar, lda, bn, ldb, cn, ldc, scale);
             else
-                product_block<1>(depth, a + r * lda, lda, b + n * W, ldb, c + r * ldc + n * W, ldc, al);
+                product_block<1>(depth, ar, lda, bn, ldb, cn, ldc, scale);
         }
 }
 
@@ -426,8 +459,9 @@ void release_tiles() {}
 #endif
 
 // C = A B or C += A B for one group of 16 rows, all of which the buffers hold.
-inline void pair_product(bool tiles, int64_t rows, int64_t pairs, int64_t vectors, const float* a,
-                         int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+inline void pair_product(bool tiles, int64_t rows, int64_t pairs, int64_t vectors,
+                         const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                         int64_t ldc, bool add) {
 #if AMX
     if (tiles) {
         for (int64_t n = 0; n < vectors; n += 4) {
@@ -485,6 +519,7 @@ void pack_values(const T* const* rows, int64_t value_dim, float* out) {
 
 // W 32-bit pairs of one row, of which `left` bfloat16 exist.
 inline vec load_pairs(const BFloat16* p, int64_t left) {
+    if (left >= 2 * W) return load((const float*)p);
     float part[W] = {};
     std::memcpy(part, p, std::min<int64_t>(2 * W, std::max<int64_t>(left, 0)) * 2);
     return load(part);
@@ -518,9 +553,10 @@ struct MaskFacts {
     int64_t columns; // sum over groups of 16 rows of 16 * columns, in whole vectors
 };
 
-inline void column_range(uint64_t word, int64_t& low, int64_t& high) {  // in vectors
-    low = __builtin_ctzll(word) / W;
-    high = (63 - __builtin_clzll(word)) / W + 1;
+// Columns that a word spans, rounded to groups of 16, in vectors.
+inline void column_range(uint64_t word, int64_t& low, int64_t& high) {
+    low = __builtin_ctzll(word) / 16 * (16 / W);
+    high = ((63 - __builtin_clzll(word)) / 16 + 1) * (16 / W);
 }
 
 MaskFacts facts_of(const uint64_t* words) {
@@ -562,11 +598,14 @@ class Engine {
           key_floats((PAIRED ? pairs : c.head_dim) * BLOCK),
           per_tile(key_floats + (PAIRED ? BLOCK / 2 : BLOCK) * dv),
           scale((float)c.scale),
-          tiles(PAIRED && tiles_granted()) {}
+          tiles(PAIRED && tiles_granted()),
+          single_key(tiles ? 24 : PAIRED ? 10 : 4),
+          pack_gather(tiles ? 1500 : 640) {}
 
     int run() {
         if (int status = plan()) return status;
-        int64_t pool = c.batch * c.kv_heads * key_tiles, slot_pool = c.batch * c.slot_heads * slot_tiles;
+        int64_t pool = c.batch * c.kv_heads * key_tiles;
+        int64_t slot_pool = c.batch * c.slot_heads * slot_tiles;
         int64_t used = 0;
         for (int64_t i = 0; i < pool + slot_pool; i++)
             if (place[i]) place[i] = ++used;  // 1-based
@@ -588,7 +627,11 @@ class Engine {
 #pragma omp barrier
             Scratch own(scratch + (workers++) * per_thread, *this);
             if (tiles) configure_tiles();
-            for (int64_t i; (i = next_item++) < items;) block(order[i], own);
+            for (int64_t i = next_item++, next; i < items; i = next) {
+                next = next_item++;
+                if (next < items) fetch_query(order[next]);
+                block(order[i], own);
+            }
             if (tiles) release_tiles();
         }
         std::free(memory);
@@ -604,6 +647,8 @@ class Engine {
     int64_t key_floats, per_tile;  // of a packed tile
     float scale;
     bool tiles;  // AMX
+    // Measured times, in pairs of a dense tile: of one listed pair, and of packing a gather tile.
+    int64_t single_key, pack_gather;
     float* packed = nullptr;
     std::vector<MaskFacts> facts;
     std::vector<int32_t> place;  // of every key tile, then of every slot tile: 0, or 1 + its slot
@@ -611,7 +656,9 @@ class Engine {
 
     struct Scratch {
         float *query, *output, *mass, *pairs, *score, *weight, *shift, *alpha, *single, *tile;
-        int32_t ids[CHUNK + W];
+        std::vector<const int32_t*> listed;  // the sparse tiles of the block
+        int64_t counts[BLOCK];               // and the keys that each row reads through them
+        int32_t ids[BLOCK][CHUNK + BLOCK];
         Scratch(float* p, const Engine& e) {
             query = p;
             output = query + BLOCK * e.dq;
@@ -639,7 +686,7 @@ class Engine {
         if (rows <= FEW_ROWS) return true;
         if (tile[2] < 0) return false;
         const MaskFacts& f = facts[tile[2]];
-        return f.pairs * SINGLE_KEY < f.columns + (tile[0] == GATHER ? PACK_GATHER : 0);
+        return f.pairs * single_key < f.columns + (tile[0] == GATHER ? pack_gather : 0);
     }
 
     // Checks the list, marks the tiles to pack, orders the rows by their work.
@@ -651,7 +698,8 @@ class Engine {
         place.assign(c.batch * (c.kv_heads * key_tiles + c.slot_heads * slot_tiles), 0);
         std::vector<int64_t> work(rows);
         for (int64_t row = 0; row < rows; row++) {
-            int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads, alive = rows_of(row);
+            int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads;
+            int64_t alive = rows_of(row);
             work[row] = 1;
             for (int64_t t = c.offsets[row]; t < c.offsets[row + 1]; t++) {
                 const int32_t* tile = c.tiles + 3 * t;
@@ -664,11 +712,11 @@ class Engine {
                     return BAD_SLOT;
                 if (is_sparse(tile, alive)) {
                     int64_t pairs = mask < 0 ? BLOCK * BLOCK : facts[mask].pairs;
-                    work[row] += pairs * SINGLE_KEY;
+                    work[row] += pairs * single_key;
                     continue;
                 }
                 work[row] += mask < 0 ? BLOCK * BLOCK : facts[mask].columns;
-                if (kind == GATHER) work[row] += PACK_GATHER;
+                if (kind == GATHER) work[row] += pack_gather;
                 if (kind == CONTIGUOUS && index >= 0 && index < key_tiles)
                     place[(b * c.kv_heads + c.kv_head[h]) * key_tiles + index] = 1;
                 if (kind == SLOTS)
@@ -777,11 +825,7 @@ class Engine {
         int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads;
         int64_t first = row % c.blocks * BLOCK, rows = rows_of(row);
         int64_t whole = padded(rows, GROUP);
-        for (int64_t r = 0; r < whole; r++)
-            for (int64_t k = 0; k < dq; k += W)
-                store(s.query + r * dq + k,
-                      r < rows ? load_first(at(c.query, b, h, first + r) + k, c.head_dim - k) * scale
-                               : vec{});
+        if (!PAIRED) scale_query(b, h, first, rows, whole, s);
         if constexpr (PAIRED)
             for (int64_t r = 0; r < whole; r++)
                 for (int64_t k = 0; k < pairs; k += W) {
@@ -794,26 +838,48 @@ class Engine {
         std::fill(s.mass, s.mass + whole * W, 0.f);
         std::fill(s.shift, s.shift + BLOCK, NONE);
 
-        bool any_sparse = false;
+        s.listed.clear();
         for (int64_t t = c.offsets[row]; t < c.offsets[row + 1]; t++) {
             const int32_t* tile = c.tiles + 3 * t;
             if (is_sparse(tile, rows)) {
-                any_sparse = true;
+                s.listed.push_back(tile);
                 continue;
             }
             uint64_t valid = valid_columns(tile);
             if (valid) dense(find(tile, valid, b, h, s), tile[2], rows, s);
         }
-        if (any_sparse)
-            for (int64_t r = 0; r < rows; r++) sparse(row, r, rows, b, c.kv_head[h], s);
+        if (PAIRED && !s.listed.empty()) scale_query(b, h, first, rows, rows, s);
+        if (!s.listed.empty()) sparse(rows, b, c.kv_head[h], s);
 
         for (int64_t r = 0; r < rows; r++) {
             float mass = reduce_add(load(s.mass + r * W));
             float inverse = mass == 0 ? 1.f : 1.f / mass;
             T* out = const_cast<T*>(at(c.output, b, h, first + r));
-            for (int64_t k = 0; k < c.value_dim; k++) put(out + k, s.output[r * dv + k] * inverse);
+            for (int64_t k = 0; k < c.value_dim; k += W)
+                store_first(out + k, load(s.output + r * dv + k) * inverse, c.value_dim - k);
             float shift = s.shift[r] == NONE ? 0.f : s.shift[r];
             c.lse[(b * c.heads + h) * c.queries + first + r] = std::log(mass) + shift;
+        }
+    }
+
+    // Query rows times the scale, float32; zeros from `rows` to `whole`.
+    void scale_query(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t whole,
+                     Scratch& s) const {
+        for (int64_t r = 0; r < whole; r++)
+            for (int64_t k = 0; k < dq; k += W) {
+                vec x = r < rows ? load_first(at(c.query, b, h, first + r) + k, c.head_dim - k)
+                                 : vec{};
+                store(s.query + r * dq + k, x * scale);
+            }
+    }
+
+    // Asks the memory for the queries of a CSR row ahead of time.
+    void fetch_query(int64_t row) const {
+        int64_t b = row / c.blocks / c.heads, h = row / c.blocks % c.heads;
+        for (int64_t r = 0; r < rows_of(row); r++) {
+            const char* p = (const char*)at(c.query, b, h, row % c.blocks * BLOCK + r);
+            for (int64_t k = 0; k < c.head_dim * (int64_t)sizeof(T); k += 64)
+                __builtin_prefetch(p + k);
         }
     }
 
@@ -839,18 +905,32 @@ class Engine {
             }
             bool plain = !words && !tile.log_weight && tile.valid == ~0ull;
             for (int64_t r = 0; r < count; r++) {
+                uint64_t word = words ? words[g + r] & tile.valid : tile.valid;
                 if (plain)
-                    softmax<true>(tile, ~0ull, 0, NV, g + r, s);
+                    softmax<true, 4>(tile, ~0ull, 0, g + r, s);
+                else if (high - low == 1 * (16 / W))
+                    softmax<false, 1>(tile, word, low, g + r, s);
+                else if (high - low == 2 * (16 / W))
+                    softmax<false, 2>(tile, word, low, g + r, s);
+                else if (high - low == 3 * (16 / W))
+                    softmax<false, 3>(tile, word, low, g + r, s);
                 else
-                    softmax<false>(tile, words ? words[g + r] & tile.valid : tile.valid, low, high,
-                                   g + r, s);
+                    softmax<false, 4>(tile, word, low, g + r, s);
             }
             float* output = s.output + g * dv;
+            bool moved = false;
+            for (int64_t r = 0; r < count; r += W) {
+                vec alpha = exponential(load(s.alpha + r));
+                moved |= any_below(alpha, 1.f);
+                store(s.alpha + r, alpha);
+            }
+            for (int64_t r = 0; r < count; r++)
+                store(s.mass + (g + r) * W,
+                      load(s.mass + (g + r) * W) * s.alpha[r] + load(s.single + r * W));
             if constexpr (PAIRED) {
-                for (int64_t r = 0; r < count; r++)
-                    if (s.alpha[r] != 1)
-                        for (int64_t k = 0; k < dv; k += W)
-                            store(output + r * dv + k, load(output + r * dv + k) * s.alpha[r]);
+                for (int64_t r = 0; moved && r < count; r++)
+                    for (int64_t k = 0; k < dv; k += W)
+                        store(output + r * dv + k, load(output + r * dv + k) * s.alpha[r]);
                 int64_t from = low / 2, to = (high + 1) / 2;  // in 32 keys
                 pair_product(tiles, count, (to - from) * W, dv / W, s.weight + from * W, BLOCK / 2,
                              tile.value + from * W * dv, dv, output, dv, true);
@@ -861,21 +941,20 @@ class Engine {
         }
     }
 
-    // Scores of one row to exponentials; moves the row's shift and mass, and leaves in alpha what
-    // its numerator must be multiplied by.
-    template <bool PLAIN>
-    void softmax(const Packed& tile, uint64_t word, int64_t low, int64_t high, int64_t row,
-                 Scratch& s) const {
-        float* score = s.score + row % GROUP * BLOCK;
-        vec x[NV], best = splat(s.shift[row]);
-        if (PLAIN) low = 0, high = NV;
-        for (int64_t n = low; n < high; n++) {
+    // Scores of one row to exponentials, over QUARTERS * 16 columns from vector `low` on. Moves the
+    // row's shift; leaves its mass in `single` and the old shift minus the new one in `alpha`.
+    template <bool PLAIN, int QUARTERS>
+    void softmax(const Packed& tile, uint64_t word, int64_t low, int64_t row, Scratch& s) const {
+        constexpr int N = QUARTERS * (16 / W);
+        float* score = s.score + row % GROUP * BLOCK + low * W;
+        vec x[N], best = splat(s.shift[row]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
             x[n] = load(score + n * W);
             if (PAIRED) x[n] *= scale;
             if (!PLAIN) {
-                if (tile.log_weight) x[n] += load(tile.log_weight + n * W);
-                ivec on = (isplat((int32_t)(word >> (n * W))) & lane_bits()) != 0;
-                x[n] = on ? x[n] : splat(NONE);
+                if (tile.log_weight) x[n] += load(tile.log_weight + (low + n) * W);
+                x[n] = where_set(word >> ((low + n) * W), x[n]);
             }
             best = max(best, x[n]);
         }
@@ -883,63 +962,87 @@ class Engine {
         if (any_above(best, old)) top = reduce_max(best);
         float shift = top == NONE ? 0.f : top;
         vec mass = {};
-        for (int64_t n = low; n < high; n++) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
             x[n] = exponential(x[n] - shift);
-            mass += !PLAIN && tile.weight ? x[n] * load(tile.weight + n * W) : x[n];
+            mass += !PLAIN && tile.weight ? x[n] * load(tile.weight + (low + n) * W) : x[n];
         }
-        float alpha = top == old ? 1.f : old == NONE ? 0.f : std::exp(old - shift);
-        store(s.mass + row * W, load(s.mass + row * W) * alpha + mass);
+        store(s.single + row % GROUP * W, mass);
         s.shift[row] = top;
-        s.alpha[row % GROUP] = alpha;
-        if constexpr (PAIRED)
-            store_weights(x, low, high, s.weight + row % GROUP * (BLOCK / 2));
-        else
-            for (int64_t n = low; n < high; n++) store(score + n * W, x[n]);
+        s.alpha[row % GROUP] = old - shift;
+        if constexpr (PAIRED) {
+            store_weights<N>(x, low, s.weight + row % GROUP * (BLOCK / 2));
+        } else {
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) store(score + n * W, x[n]);
+        }
     }
 
     // To bfloat16, over whole groups of 32 keys.
-    static void store_weights(const vec* x, int64_t low, int64_t high, float* to) {
+    template <int N>
+    static void store_weights(const vec* x, int64_t low, float* to) {
 #if PAIRS
-        for (int64_t n = low / 2 * 2; n < (high + 1) / 2 * 2; n += 2) {
-            __m512 first = n >= low ? (__m512)x[n] : _mm512_setzero_ps();
-            __m512 second = n + 1 < high ? (__m512)x[n + 1] : _mm512_setzero_ps();
-            store(to + n * W / 2, (vec)_mm512_cvtne2ps_pbh(second, first));
+        vec whole[N + 2] = {};  // N + 1 vectors, x at the place of `low` in its group
+        for (int n = 0; n < N; n++) whole[n + low % 2] = x[n];
+        for (int64_t n = 0; n < N + low % 2; n += 2) {
+            __m512bh pair = _mm512_cvtne2ps_pbh((__m512)whole[n + 1], (__m512)whole[n]);
+            store(to + (low / 2 * 2 + n) * W / 2, (vec)pair);
         }
 #endif
     }
 
-    // The keys that one row reads through the sparse tiles of its block.
-    void sparse(int64_t csr, int64_t r, int64_t rows, int64_t b, int64_t kv, Scratch& s) const {
-        int64_t count = 0;
-        for (int64_t t = c.offsets[csr]; t < c.offsets[csr + 1]; t++) {
-            const int32_t* tile = c.tiles + 3 * t;
-            if (!is_sparse(tile, rows)) continue;
-            uint64_t word = tile[2] < 0 ? ~0ull : c.masks[tile[2] * BLOCK + r];
-            for (; word; word &= word - 1) {
-                int64_t bit = __builtin_ctzll(word);
-                int64_t id = tile[0] == GATHER ? c.gather[tile[1] * BLOCK + bit] : tile[1] * BLOCK + bit;
-                if (id < 0 || id >= c.keys) continue;
-                s.ids[count++] = (int32_t)id;
-                if (count == CHUNK) {
-                    listed(count, r, b, kv, s);
-                    count = 0;
+    // The keys that each row reads through the sparse tiles of its block.
+    void sparse(int64_t rows, int64_t b, int64_t kv, Scratch& s) const {
+        std::fill(s.counts, s.counts + rows, 0);
+        for (const int32_t* tile : s.listed) {
+            uint64_t valid = valid_columns(tile);
+            const uint64_t* words = tile[2] < 0 ? nullptr : c.masks + tile[2] * BLOCK;
+            int32_t names[BLOCK];
+            for (int64_t j = 0; j < BLOCK; j++)
+                names[j] = tile[0] == GATHER ? c.gather[tile[1] * BLOCK + j]
+                                             : (int32_t)(tile[1] * BLOCK + j);
+            for (int64_t r = 0; r < rows; r++) {
+                uint64_t word = words ? words[r] & valid : valid;
+                int64_t bits = __builtin_popcountll(word);
+                int32_t* to = s.ids[r] + s.counts[r];
+                for (int64_t i = 0; i < bits; i += 4)  // four at a time: no branch per bit
+#pragma GCC unroll 4
+                    for (int64_t j = 0; j < 4; j++) {
+                        to[i + j] = names[word ? __builtin_ctzll(word) : 0];
+                        word &= word - 1;
+                    }
+                if ((s.counts[r] += bits) > CHUNK - BLOCK) {
+                    listed(s.counts[r], r, b, kv, s);
+                    s.counts[r] = 0;
                 }
             }
         }
-        if (count) listed(count, r, b, kv, s);
+        for (int64_t r = 0; r < rows; r++)
+            if (s.counts[r]) listed(s.counts[r], r, b, kv, s);
     }
 
-    // Softmax of row r over the keys s.ids[0 .. count).
+    static void prefetch(const T* row, int64_t width) {
+        for (int64_t k = 0; k < width; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + k);
+    }
+
+    // Softmax of row r over the first `count` keys of its list.
     void listed(int64_t count, int64_t r, int64_t b, int64_t kv, Scratch& s) const {
+        int32_t* ids = s.ids[r];
         const float* query = s.query + r * dq;
         const T *key = at(c.key, b, kv, 0), *value = at(c.value, b, kv, 0);
-        for (int64_t i = count; i < count + W; i++) s.ids[i] = s.ids[count - 1];
+        for (int64_t i = count; i < count + W; i++) ids[i] = ids[count - 1];
         ivec lanes;
         for (int i = 0; i < W; i++) lanes[i] = i;
         vec best = splat(s.shift[r]);
         for (int64_t i = 0; i < count; i += W) {
             const T* rows[W];
-            for (int j = 0; j < W; j++) rows[j] = key + s.ids[i + j] * c.key.row;
+            for (int j = 0; j < W; j++) {
+                rows[j] = key + ids[i + j] * c.key.row;
+                prefetch(value + ids[i + j] * c.value.row, c.value_dim);
+            }
+            if (i + W < count)
+                for (int j = 0; j < W; j++)
+                    prefetch(key + ids[std::min(i + W + j, count - 1)] * c.key.row, c.head_dim);
             vec sum[W] = {};
             int64_t k = 0;
             for (; k + W <= c.head_dim; k += W) {
@@ -967,19 +1070,20 @@ class Engine {
         store(s.mass + r * W, load(s.mass + r * W) * alpha + mass);
         int64_t k = 0;
         for (; k + 4 * W <= c.value_dim; k += 4 * W)
-            accumulate<4>(count, s, value + k, s.output + r * dv + k, alpha, 4 * W);
+            accumulate<4>(count, ids, s, value + k, s.output + r * dv + k, alpha, 4 * W);
         for (; k < c.value_dim; k += W)
-            accumulate<1>(count, s, value + k, s.output + r * dv + k, alpha, c.value_dim - k);
+            accumulate<1>(count, ids, s, value + k, s.output + r * dv + k, alpha, c.value_dim - k);
     }
 
     template <int NV>
-    void accumulate(int64_t count, const Scratch& s, const T* value, float* output, float alpha,
-                    int64_t columns) const {
+    void accumulate(int64_t count, const int32_t* ids, const Scratch& s, const T* value,
+                    float* output, float alpha, int64_t columns) const {
         vec sum[NV];
         for (int n = 0; n < NV; n++) sum[n] = load(output + n * W) * alpha;
         for (int64_t i = 0; i < count; i++) {
-            const T* row = value + s.ids[i] * c.value.row;
-            for (int n = 0; n < NV; n++) sum[n] += s.single[i] * load_first(row + n * W, columns - n * W);
+            const T* row = value + ids[i] * c.value.row;
+            for (int n = 0; n < NV; n++)
+                sum[n] += s.single[i] * load_first(row + n * W, columns - n * W);
         }
         for (int n = 0; n < NV; n++) store(output + n * W, sum[n]);
     }

@@ -89,8 +89,8 @@ inline int64_t compact(const int32_t* x, int64_t n, int32_t bound, int32_t* kept
         __m512i v = (__m512i)load(x + i);
         __mmask16 on = _mm512_cmpge_epi32_mask(v, limit);
         _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(on, v));
-        _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(
-                                               on, _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i))));
+        __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+        _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(on, places));
         count += __builtin_popcount(on);
     }
 #else
@@ -164,7 +164,8 @@ void select(const int32_t* x, int64_t n, int64_t top, Buffers& s, int32_t* out) 
     Bound bound = bisect(from, whole, top, floor);
     int64_t equal = bound.above < 0 ? top : top - bound.above, count = 0;
     for (int64_t i = 0; i < size && count < top; i++) {
-        bool on = from[i] > bound.value || (from[i] == bound.value && (bound.above < 0 || equal-- > 0));
+        bool on = from[i] > bound.value;
+        if (from[i] == bound.value) on = bound.above < 0 || equal-- > 0;
         out[count] = filtered ? s.where[i] : (int32_t)i;
         count += on;
     }
@@ -204,7 +205,8 @@ extern "C" int attnplan_top_tokens(const TopCall* call) {
         for (int64_t item; (item = next++) < items;) {
             int64_t bh = item / groups, b = bh / c.heads, first_row = item % groups * R;
             int64_t count = std::min<int64_t>(R, c.queries - first_row);
-            const float* key = packed.data() + (b * c.kv_heads + c.kv_head[bh % c.heads]) * c.rank * width;
+            int64_t kv = b * c.kv_heads + c.kv_head[bh % c.heads];
+            const float* key = packed.data() + kv * c.rank * width;
             const float* rows[R];
             int64_t low = c.keys, high = 0;
             for (int64_t r = 0; r < R; r++) {
@@ -214,7 +216,9 @@ extern "C" int attnplan_top_tokens(const TopCall* call) {
                 int64_t to = std::min<int64_t>(c.high[b * c.queries + i], c.keys);
                 if (to - from > c.top) low = std::min(low, from), high = std::max(high, to);
             }
-            if (low < high) score(rows, key, width, c.rank, low / W * W, (high + W - 1) / W * W, s.score.data(), width);
+            if (low < high)
+                score(rows, key, width, c.rank, low / W * W, (high + W - 1) / W * W,
+                      s.score.data(), width);
             for (int64_t r = 0; r < count; r++) {
                 int64_t i = first_row + r;
                 int64_t from = std::max(c.low[b * c.queries + i], 0);
