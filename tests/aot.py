@@ -1,9 +1,10 @@
 """Compile the Triton engine for a GPU that is not there, and print what the compiler made of it.
 
-    python tests/aot.py 90:bf16:64:slots 80:fp16:128:near
+    python tests/aot.py 90:bf16:64:slots:4096 80:fp16:128:near:1
 
-prints a JSON object per configuration (architecture, dtype, head_dim, with slot tiles or without).
-It runs in a process of its own: `TRITON_INTERPRET` must not be set when a kernel is defined.
+prints a JSON object per configuration: architecture, dtype, head_dim, with slot tiles or without,
+queries. It runs in a process of its own: `TRITON_INTERPRET` must not be set when a kernel is
+defined.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ FLOATS = {"log_mass", "slot_log_weight", "slot_weight"}
 NUMBERS = {"heads", "queries", "keys", "slot_heads", "slots"}
 
 
-def source(dtype: str, head_dim: int, slots: bool) -> ASTSource:
+def source(dtype: str, head_dim: int, slots: bool, queries: int) -> ASTSource:
     """The kernel as a launch specialises it whose tensors and strides are multiples of 16."""
-    constants = engine.constants(head_dim, head_dim, gather=True, slots=slots)
+    rows = engine.rows_of_program(queries, DTYPES[dtype])
+    constants = engine.constants(head_dim, head_dim, rows=rows, gather=True, slots=slots)
     signature, attributes = {}, {}
     for position, name in enumerate(engine._forward.arg_names):
         is_stride = re.fullmatch(r"(query|key|value)_(batch|head|row)", name)
@@ -49,11 +51,11 @@ def source(dtype: str, head_dim: int, slots: bool) -> ASTSource:
     return ASTSource(engine._forward, signature, constants, attributes)
 
 
-def report(arch: int, dtype: str, head_dim: int, slots: bool) -> dict[str, int]:
+def report(arch: int, dtype: str, head_dim: int, slots: bool, queries: int) -> dict[str, int]:
     """What the compiler made of one configuration."""
     options = engine.launch_options(head_dim, DTYPES[dtype], slots=slots)
     target = GPUTarget("cuda", arch, 32)
-    kernel = compile(source(dtype, head_dim, slots), target=target, options=options)
+    kernel = compile(source(dtype, head_dim, slots, queries), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.kernel)
         file.flush()
@@ -75,5 +77,6 @@ def _output_of(*command: str) -> str:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        arch, dtype, head_dim, kind = argument.split(":")
-        print(json.dumps(report(int(arch), dtype, int(head_dim), kind == "slots")), flush=True)
+        arch, dtype, head_dim, kind, queries = argument.split(":")
+        made = report(int(arch), dtype, int(head_dim), kind == "slots", int(queries))
+        print(json.dumps(made), flush=True)

@@ -4,6 +4,7 @@
 
 - multiplies the bit patterns of bfloat16 numbers and truncates casts to them: here they are
   computed in float32 and rounded to nearest even;
+- multiplies float32 exactly where a GPU would use tf32, which `tl.dot` does unless told otherwise;
 - reads and writes whatever a pointer happens to name: see `interpreter_memory`;
 - runs programs in order, so that one which needs an earlier one is never found: here shuffled;
 - takes dots and grids that a GPU refuses;
@@ -52,6 +53,12 @@ def narrow(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """float32 with the 10 bits of mantissa that tensor cores read."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 def _wrap(owner: type, name: str, rule: Callable[..., Any]) -> None:
     """Let `rule(original, self, *args)` answer for `owner.name`."""
     original = getattr(owner, name)
@@ -90,8 +97,10 @@ def _compute_in_bfloat16() -> None:
         is_comparison = result.data.dtype == np.bool_
         return result if is_comparison else Handle(narrow(result.data), tl.bfloat16)
 
-    def dot(original: Any, self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return original(self, _as_float32(a), _as_float32(b), *rest)
+    def dot(original: Any, self: Any, a: Any, b: Any, sum: Any, precision: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.float32 and str(precision).endswith("TF32"):
+            a, b = (Handle(round_to_tf32(x.data), tl.float32) for x in (a, b))
+        return original(self, _as_float32(a), _as_float32(b), sum, precision, *rest)
 
     def reduction(original: Any, self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not (isinstance(x, tl.core.tensor) and _is_bfloat16(x.handle)):

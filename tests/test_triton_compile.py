@@ -10,50 +10,61 @@ from pathlib import Path
 
 import pytest
 
-SHARED_BYTES = {80: 166912, 90: 232448}  # most of one program: CUDA C++ guide, table 24
-REGISTERS = 65536  # of a multiprocessor, both
-CONFIGURATIONS = [
-    (arch, dtype, head_dim, kind)
-    for arch in SHARED_BYTES
-    for dtype, head_dim, kind in (
-        ("bf16", 64, "near"),
-        ("bf16", 64, "slots"),
-        ("bf16", 128, "near"),
-        ("bf16", 128, "slots"),
-    )
-] + [(90, "fp16", 64, "slots"), (80, "fp16", 128, "near")]
+SHARED_BYTES = {80: 166912, 90: 232448}  # that one program may have: CUDA C++ guide, table 24
+REGISTERS = 65536  # of a multiprocessor, on both
+BY_ARCHITECTURE = {
+    80: [
+        "80:bf16:64:near:4096",
+        "80:bf16:64:slots:4096",
+        "80:bf16:128:slots:4096",
+        "80:fp16:128:near:4096",
+    ],
+    90: [
+        "90:bf16:64:near:4096",
+        "90:bf16:64:slots:4096",
+        "90:bf16:128:slots:4096",
+        "90:fp16:128:near:4096",
+    ],
+}
+SMALL_TILES = {80: "80:fp32:64:slots:4096", 90: "90:bf16:128:near:1"}
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, int, str], dict]:
-    """What `aot.py` says of every configuration: two processes, one per architecture."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    """What `aot.py` says of every configuration; one process per architecture."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = str(Path(__file__).with_name("aot.py"))
-    running = {}
-    for arch in SHARED_BYTES:
-        wanted = [":".join(map(str, c)) for c in CONFIGURATIONS if c[0] == arch]
-        running[arch] = subprocess.Popen(
-            [sys.executable, script, *wanted], env=environment, stdout=subprocess.PIPE, text=True
+    processes = {
+        arch: subprocess.Popen(
+            [sys.executable, script, *wanted, SMALL_TILES[arch]],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
+        for arch, wanted in BY_ARCHITECTURE.items()
+    }
     found = {}
-    for arch, process in running.items():
+    for arch, process in processes.items():
         lines = process.communicate()[0].splitlines()
         assert process.returncode == 0
-        configurations = [c for c in CONFIGURATIONS if c[0] == arch]
-        found.update(zip(configurations, map(json.loads, lines), strict=True))
+        names = [*BY_ARCHITECTURE[arch], SMALL_TILES[arch]]
+        found |= dict(zip(names, map(json.loads, lines), strict=True))
     return found
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_compiled_code_keeps_to_the_hardware(
-    reports: dict[tuple[int, str, int, str], dict], configuration: tuple[int, str, int, str]
-) -> None:
-    arch = configuration[0]
-    report = reports[configuration]
+@pytest.mark.parametrize("name", [*BY_ARCHITECTURE[80], *BY_ARCHITECTURE[90]])
+def test_compiled_code_uses_the_hardware(reports: dict[str, dict[str, int]], name: str) -> None:
+    arch, report = int(name.split(":")[0]), reports[name]
     assert report["spills"] == 0
     assert report["shared_bytes"] <= SHARED_BYTES[arch]
-    assert report["vector_copies"] > 0, "keys and values must be copied 16 bytes at a time"
+    assert report["vector_copies"] > 0, "keys and values are copied 16 bytes at a time"
     assert report["hgmma" if arch >= 90 else "hmma"] > 0
     programs = REGISTERS // (report["registers"] * 32 * report["warps"])
     assert programs >= 2, "a second program hides the latency of the first"
+
+
+@pytest.mark.parametrize("name", SMALL_TILES.values())
+def test_small_tiles_fit_registers(reports: dict[str, dict[str, int]], name: str) -> None:
+    """float32, which tensor cores would round to tf32, and few queries."""
+    assert reports[name]["spills"] == 0

@@ -242,6 +242,23 @@ def test_a_column_without_a_key_is_not_read() -> None:
     assert_matches_reference(case, torch.float32, tiles)
 
 
+def test_a_contiguous_tile_ends_with_the_text() -> None:
+    case = Case(1, 1, 1, 70, 70, 16, 16)
+    query, key, value = inputs(case, torch.float32)
+    tiles = from_rows(
+        1,
+        1,
+        2,
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([(CONTIGUOUS, 0, FULL), (CONTIGUOUS, 1, FULL)] * 2),
+        torch.zeros(0, BLOCK, dtype=torch.int32),
+        torch.zeros(0, BLOCK, dtype=torch.int64),
+    ).to(DEVICE)
+    output, _ = triton.attend(query, key, value, scale=0.25, kv_head=(0,), tiles=tiles)
+    expected = torch.softmax(query @ key.mT * 0.25, dim=-1) @ value
+    torch.testing.assert_close(output, expected)
+
+
 def test_an_empty_slot_adds_nothing() -> None:
     case = Case(1, 1, 1, BLOCK, BLOCK, 16, 16, slots=BLOCK)
     query, key, value = inputs(case, torch.float32)
@@ -327,6 +344,9 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
         triton.attend(query.double(), key.double(), value.double(), scale=1.0, **common)
     with pytest.raises(ValueError, match="share a dtype"):
         triton.attend(query, key.half(), value, scale=1.0, **common)
+    with pytest.raises(ValueError, match=r"list is on meta.* move it with TileList\.to"):
+        meta = tiles.to(torch.device("meta"))
+        triton.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=meta)
     with pytest.raises(ValueError, match="scale must be more than 0, got -1"):
         triton.attend(query, key, value, scale=-1.0, **common)
     with pytest.raises(ValueError, match=r"\(1, 1, 2\), the query has \(1, 1, 1\)"):

@@ -28,8 +28,8 @@ from attnplan.kernels.approximation import Slots
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 def attend(
@@ -71,19 +71,25 @@ def attend(
         return output, log_mass
     query, key, value = (_unit_stride(x) for x in (query, key, value))
     schedule = _schedule(tiles, key.shape[2], kv_head)
-    _forward[(tiles.rows,)](
-        query, key, value, output, log_mass,
-        schedule.work, schedule.tiles, schedule.gather, schedule.masks,
-        *_slot_arguments(slots, query),
-        scale * LOG2E, heads, queries, key.shape[2],
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        **constants(head_dim, value_dim, gather=tiles.gather.shape[0] > 0, slots=slots is not None),
-        **launch_options(max(head_dim, value_dim), query.dtype, slots=slots is not None),
-    )  # fmt: skip
+    rows = rows_of_program(queries, query.dtype)
+    has = {"gather": tiles.gather.shape[0] > 0, "slots": slots is not None}
+    grid = (tiles.rows * -(-min(queries, BLOCK) // rows),)
+    with torch.cuda.device_of(query):
+        _forward[grid](
+            query, key, value, output, log_mass,
+            schedule.work, schedule.tiles, schedule.gather, schedule.masks,
+            *_slot_arguments(slots, query),
+            scale * math.log2(math.e), heads, queries, key.shape[2],
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            **constants(head_dim, value_dim, rows=rows, **has),
+            **launch_options(max(head_dim, value_dim), query.dtype, slots=has["slots"]),
+        )  # fmt: skip
     return output, log_mass
 
 
-def constants(head_dim: int, value_dim: int, *, gather: bool, slots: bool) -> dict[str, int | bool]:
+def constants(
+    head_dim: int, value_dim: int, *, rows: int, gather: bool, slots: bool
+) -> dict[str, int | bool]:
     """What the kernel is compiled for, beside dtypes."""
     return {
         "HEAD_DIM": head_dim,
@@ -91,19 +97,28 @@ def constants(head_dim: int, value_dim: int, *, gather: bool, slots: bool) -> di
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
         "BLOCK": BLOCK,
+        "ROWS": rows,
         "HAS_GATHER": gather,
         "HAS_SLOTS": slots,
     }
+
+
+def rows_of_program(queries: int, dtype: torch.dtype) -> int:
+    """Query rows that one program answers: a whole block where tensor cores do the work.
+
+    float32 is computed in float32 (no tf32), by cores that want small tiles.
+    """
+    return 16 if queries <= 16 or dtype == torch.float32 else BLOCK
 
 
 def launch_options(head_dim: int, dtype: torch.dtype, *, slots: bool) -> dict[str, int | bool]:
     """Warps of a program and stages of its pipeline.
 
     The most stages without spills on sm_80 and sm_90 that still let several programs share a
-    multiprocessor (`tests/test_triton_compile.py`). Two stages go to loading the indices.
+    multiprocessor (`tests/test_triton_compile.py`): half of the stages load indices.
     """
     if dtype == torch.float32:
-        warps, stages = 8, 1
+        warps, stages = 8 if head_dim > 64 else 4, 1
     elif head_dim > 128:
         warps, stages = 8, 2
     else:
@@ -135,7 +150,7 @@ _schedules: WeakKeyDictionary[TileList, dict[tuple[int, tuple[int, ...]], _Sched
 
 
 def _schedule(tiles: TileList, keys: int, kv_head: tuple[int, ...]) -> _Schedule:
-    """The schedule of a list, made once. Nothing here waits for the device."""
+    """The schedule of a list, made once, on its device and without waiting for it."""
     known = _schedules.setdefault(tiles, {})
     if (keys, kv_head) not in known:
         known[keys, kv_head] = _make_schedule(tiles, keys, kv_head)
@@ -193,6 +208,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, tiles: TileL
             f"query, key and value must share a dtype, got {query.dtype}, {key.dtype} and "
             f"{value.dtype}"
         )
+    if tiles.tiles.device != query.device:
+        raise ValueError(
+            f"the tile list is on {tiles.tiles.device}, the query on {query.device}: move it with "
+            "TileList.to"
+        )
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be more than 0, got {scale}")
     expected = (query.shape[0], query.shape[1], -(-query.shape[2] // BLOCK))
@@ -214,9 +234,15 @@ def _forward(
     value_batch, value_head, value_row,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_GATHER: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    work += tl.program_id(0) * 8
+    if ROWS == BLOCK:
+        first_row = 0
+        work += tl.program_id(0) * 8
+    else:
+        parts = tl.cdiv(tl.minimum(queries, BLOCK), ROWS)  # programs of one block
+        first_row = tl.program_id(0) % parts * ROWS
+        work += tl.program_id(0) // parts * 8
     row = tl.load(work)
     full_start = tl.load(work + 1)
     masked_start = tl.load(work + 2)
@@ -227,89 +253,80 @@ def _forward(
     blocks = tl.cdiv(queries, BLOCK)
     head = (row // blocks % heads).to(tl.int64)
     batch = (row // blocks // heads).to(tl.int64)
-    first = (row % blocks).to(tl.int64) * BLOCK
+    first = (row % blocks).to(tl.int64) * BLOCK + first_row
 
-    r = tl.arange(0, BLOCK)  # [BLOCK]
+    r = tl.arange(0, ROWS)  # [ROWS]
+    c = tl.arange(0, BLOCK)  # [BLOCK]
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     e = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     is_query = first + r < queries
     query += batch * query_batch + head * query_head + first * query_row
-    q = _load(query + r[:, None] * query_row + d[None, :], is_query, d, HEAD_DIM, BLOCK_D, True)
-
+    q = tl.load(
+        query + r[:, None] * query_row + d[None, :],
+        mask=is_query[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
     key += batch * key_batch + kv_head * key_head
     value += batch * value_batch + kv_head * value_head
+    masks += 2 * first_row
 
-    shift = tl.full([BLOCK], -1.0e30, tl.float32)  # finite: -inf - -inf is no number
-    mass = tl.zeros([BLOCK], tl.float32)
-    numerator = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    shift = tl.full([ROWS], -1.0e30, tl.float32)  # finite: -inf - -inf is no number
+    mass = tl.zeros([ROWS], tl.float32)
+    numerator = tl.zeros([ROWS, BLOCK_V], tl.float32)
 
     for tile in tl.range(full_start, masked_start):
-        j = tl.load(tiles + 2 * tile).to(tl.int64) * BLOCK + r
-        k = _load(key + j[:, None] * key_row + d[None, :], j >= 0, d, HEAD_DIM, BLOCK_D, False)
-        v = _load(value + j[:, None] * value_row + e[None, :], j >= 0, e, VALUE_DIM, BLOCK_V, False)
+        j = tl.load(tiles + 2 * tile).to(tl.int64) * BLOCK + c
+        k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
+        v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
         logits = tl.dot(q, k.T, input_precision="ieee")
         weights, rescale, shift = _softmax(logits, scale_log2, shift)
         mass = mass * rescale + tl.sum(weights, 1)
-        numerator = tl.dot(
-            weights.to(v.dtype), v, numerator * rescale[:, None], input_precision="ieee"
-        )
+        numerator = _add(numerator, rescale, weights, v)
 
     for tile in tl.range(masked_start, gather_start):
         start = tl.load(tiles + 2 * tile) * BLOCK
-        j = tl.minimum(start + r, keys - 1).to(tl.int64)
-        k = _load(key + j[:, None] * key_row + d[None, :], j >= 0, d, HEAD_DIM, BLOCK_D, False)
-        v = _load(value + j[:, None] * value_row + e[None, :], j >= 0, e, VALUE_DIM, BLOCK_V, False)
-        keep = _keep(masks, tl.load(tiles + 2 * tile + 1), keys - start, BLOCK)
-        logits = tl.dot(q, k.T, input_precision="ieee")
-        weights, rescale, shift = _softmax(tl.where(keep, logits, float("-inf")), scale_log2, shift)
+        j = tl.minimum(start + c, keys - 1).to(tl.int64)
+        k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
+        v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
+        keep = _keep(masks, tl.load(tiles + 2 * tile + 1), keys - start, ROWS, BLOCK)
+        logits = tl.where(keep, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
+        weights, rescale, shift = _softmax(logits, scale_log2, shift)
         mass = mass * rescale + tl.sum(weights, 1)
-        numerator = tl.dot(
-            weights.to(v.dtype), v, numerator * rescale[:, None], input_precision="ieee"
-        )
+        numerator = _add(numerator, rescale, weights, v)
 
     if HAS_GATHER:
         for tile in tl.range(gather_start, slots_start):
-            j = tl.load(gather + tl.load(tiles + 2 * tile) * BLOCK + r)
+            j = tl.load(gather + tl.load(tiles + 2 * tile) * BLOCK + c)
             is_key = (j >= 0) & (j < keys)
             j = tl.where(is_key, j, 0).to(tl.int64)
-            k_rows = key + j[:, None] * key_row + d[None, :]
-            v_rows = value + j[:, None] * value_row + e[None, :]
-            k = _load(k_rows, is_key, d, HEAD_DIM, BLOCK_D, False)
-            v = _load(v_rows, is_key, e, VALUE_DIM, BLOCK_V, False)
-            keep = _keep(masks, tl.load(tiles + 2 * tile + 1), BLOCK, BLOCK) & is_key[None, :]
-            logits = tl.dot(q, k.T, input_precision="ieee")
-            weights, rescale, shift = _softmax(
-                tl.where(keep, logits, float("-inf")), scale_log2, shift
-            )
+            k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
+            v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
+            keep = _keep(masks, tl.load(tiles + 2 * tile + 1), BLOCK, ROWS, BLOCK)
+            keep = keep & is_key[None, :]
+            logits = tl.where(keep, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
+            weights, rescale, shift = _softmax(logits, scale_log2, shift)
             mass = mass * rescale + tl.sum(weights, 1)
-            numerator = tl.dot(
-                weights.to(v.dtype), v, numerator * rescale[:, None], input_precision="ieee"
-            )
+            numerator = _add(numerator, rescale, weights, v)
 
     if HAS_SLOTS:
         far = (batch * slot_heads + tl.maximum(tl.load(slot_head + head), 0)) * slots
-        slot_log_weight += far
-        slot_weight += far
         slot_key += far * HEAD_DIM
         slot_value += far * VALUE_DIM
+        slot_log_weight += far
+        slot_weight += far
         for tile in tl.range(slots_start, end):
-            j = tl.load(tiles + 2 * tile).to(tl.int64) * BLOCK + r
-            k_rows = slot_key + j[:, None] * HEAD_DIM + d[None, :]
-            v_rows = slot_value + j[:, None] * VALUE_DIM + e[None, :]
-            k = _load(k_rows, j >= 0, d, HEAD_DIM, BLOCK_D, False)
-            v = _load(v_rows, j >= 0, e, VALUE_DIM, BLOCK_V, False)
-            log_weight = tl.load(slot_log_weight + j) * 1.4426950408889634
-            keep = _keep(masks, tl.load(tiles + 2 * tile + 1), BLOCK, BLOCK)
+            j = tl.load(tiles + 2 * tile).to(tl.int64) * BLOCK + c
+            k = _load(slot_key + j[:, None] * HEAD_DIM + d[None, :], d, HEAD_DIM, BLOCK_D)
+            v = _load(slot_value + j[:, None] * VALUE_DIM + e[None, :], e, VALUE_DIM, BLOCK_V)
+            log_weight = tl.load(slot_log_weight + j) * LOG2E
+            keep = _keep(masks, tl.load(tiles + 2 * tile + 1), BLOCK, ROWS, BLOCK)
             logits = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + log_weight[None, :]
             weights, rescale, shift = _softmax(tl.where(keep, logits, float("-inf")), 1.0, shift)
-            signed = weights * tl.load(slot_weight + j)[None, :]
-            mass = mass * rescale + tl.sum(signed, 1)
-            numerator = tl.dot(
-                weights.to(v.dtype), v, numerator * rescale[:, None], input_precision="ieee"
-            )
+            mass = mass * rescale + tl.sum(weights * tl.load(slot_weight + j)[None, :], 1)
+            numerator = _add(numerator, rescale, weights, v)
 
     result = numerator / tl.where(mass == 0, 1.0, mass)[:, None]
-    logarithm = (shift + tl.math.log2(tl.where(mass > 0, mass, 1.0))) * 0.6931471805599453
+    logarithm = (shift + tl.math.log2(tl.where(mass > 0, mass, 1.0))) * LN2
     logarithm = tl.where(mass > 0, logarithm, tl.where(mass < 0, float("nan"), float("-inf")))
     tl.store(log_mass + (batch * heads + head) * queries + first + r, logarithm, mask=is_query)
     output += ((batch * queries + first) * heads + head) * VALUE_DIM
@@ -321,29 +338,21 @@ def _forward(
 
 
 @triton.jit
-def _load(
-    pointers, is_row, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK_ROWS: tl.constexpr
-):
-    """Rows [BLOCK, BLOCK_DIM]; what lies outside is 0."""
-    if CHECK_ROWS:
-        if DIM == BLOCK_DIM:
-            x = tl.load(pointers, mask=is_row[:, None], other=0.0)
-        else:
-            x = tl.load(pointers, mask=is_row[:, None] & (d < DIM)[None, :], other=0.0)
+def _load(pointers, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows of `DIM` numbers, padded with 0 to `BLOCK_DIM`."""
+    if DIM == BLOCK_DIM:
+        x = tl.load(pointers)
     else:
-        if DIM == BLOCK_DIM:
-            x = tl.load(pointers)
-        else:
-            x = tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)
+        x = tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)
     return x
 
 
 @triton.jit
-def _keep(masks, mask, columns, BLOCK: tl.constexpr):
-    """The pairs [BLOCK, BLOCK] to compute in the first `columns` columns; all if `mask` is FULL."""
+def _keep(masks, mask, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The pairs [ROWS, BLOCK] to compute in the first `columns` columns; all if `mask` is FULL."""
     c = tl.arange(0, BLOCK)
-    words = masks + mask.to(tl.int64) * (2 * BLOCK) + 2 * c
-    is_masked = tl.broadcast_to(mask, [BLOCK]) >= 0
+    words = masks + mask.to(tl.int64) * (2 * BLOCK) + 2 * tl.arange(0, ROWS)
+    is_masked = tl.broadcast_to(mask, [ROWS]) >= 0
     low = tl.load(words, mask=is_masked, other=-1) & _ones(columns)
     high = tl.load(words + 1, mask=is_masked, other=-1) & _ones(columns - 32)
     word = tl.where(c[None, :] < 32, low[:, None], high[:, None])
@@ -362,3 +371,8 @@ def _softmax(logits, scale_log2, shift):
     new_shift = tl.maximum(shift, tl.max(logits, 1) * scale_log2)
     weights = tl.math.exp2(logits * scale_log2 - new_shift[:, None])
     return weights, tl.math.exp2(shift - new_shift), new_shift
+
+
+@triton.jit
+def _add(numerator, rescale, weights, v):
+    return tl.dot(weights.to(v.dtype), v, numerator * rescale[:, None], input_precision="ieee")
