@@ -34,7 +34,7 @@ from attnplan.search.problem import digest as assignment_digest
 from attnplan.search.refine import refine
 from attnplan.search.solve import Solution, front, limits_of, meets, solve
 from attnplan.search.study import run_study
-from attnplan.timing import DeviceCosts, measure_device
+from attnplan.timing import DeviceCosts, candidate_name, measure_device
 from attnplan.verify import INDUCTION_LOSS, Layers, Measured, measure, misses, running
 
 COPYING = 0.1
@@ -207,7 +207,7 @@ class Planner:
         model = self.costs.fit.model.calibrated(corrections.ms)
         fisher = self.scores.texts + corrections.copying * self.scores.copying
         return Problem(
-            names=tuple(catalog.key(a) for a in choices),
+            names=tuple(candidate_name(a) for a in choices),
             families=tuple(a.family for a in choices),
             windows=tuple(self._window(a) for a in choices),
             fisher=fisher,
@@ -435,10 +435,12 @@ def _best(planner: Planner, problem: Problem, budget: Budget, study: str | None)
             ),
         )
         incumbent = result.best
+        multipliers = result.corrections.multipliers(problem)
     else:
         solution = solve(problem, budget)
         kls = tuple(planner.evaluate(solution.assignment, step) for step in range(steps))
         incumbent = Evaluated(solution.assignment, solution.prediction, kls)
+        multipliers = None
     if request.swaps < 1:
         return incumbent
     progress.stage("Refining", request.swaps)
@@ -448,6 +450,7 @@ def _best(planner: Planner, problem: Problem, budget: Budget, study: str | None)
         incumbent,
         planner.evaluate,
         evaluations=request.swaps,
+        multipliers=multipliers,
         progress=lambda done, total, kl: progress.advance(f"KL {kl:.4f}"),
     )
     return refined.best

@@ -24,7 +24,7 @@ from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
 from attnplan.profiles.head_profile import finalise
-from attnplan.profiles.layer_statistics import LayerStatistics, measure, merge_all, moments
+from attnplan.profiles.layer_statistics import LayerStatistics, measure_layers, merge_all, moments
 
 VERSION = 1
 """Of what a profile measures; a new one makes new runs."""
@@ -139,11 +139,7 @@ def profile(
         layer.layer: {name: tensor.numpy() for name, tensor in catalog.fit(moments(layer)).items()}
         for layer in layers
     }
-    heads = [
-        records.HeadProfile(head.layer, head.head, head.scalars, head.arrays)
-        for layer in layers
-        for head in finalise(layer)
-    ]
+    heads = [head for layer in layers for head in finalise(layer)]
     store.finish_run(run.id, heads, fitted)
     return store.run(run.id)
 
@@ -164,23 +160,10 @@ def fitted_tensors(store: Store, run: int) -> dict[int, dict[str, Tensor]]:
 
 def _pack(captured: SequenceCapture, seed: int) -> dict[str, np.ndarray]:
     packed: dict[str, np.ndarray] = {}
-    for layer in captured.layers:
-        statistics = measure(
-            layer.layer,
-            layer.query,
-            layer.key,
-            layer.value,
-            layer.output,
-            scale=layer.scale,
-            gradient=layer.gradient,
-            projection=layer.projection,
-            query_pre_gram=layer.query_pre_gram,
-            key_pre_gram=layer.key_pre_gram,
-            seed=seed,
-        )
-        packed[f"{layer.layer}/"] = np.array([statistics.scale])
+    for statistics in measure_layers(captured.layers, seed=seed):
+        packed[f"{statistics.layer}/"] = np.array([statistics.scale])
         for name, array in statistics.arrays.items():
-            packed[f"{layer.layer}/{name}"] = array
+            packed[f"{statistics.layer}/{name}"] = array
     return packed
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attnplan import __version__
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.plan import Plan, Target
@@ -85,7 +86,6 @@ def to_plan(
     work: Workload,
     holdout: TokenSet,
     budget: Budget,
-    versions: dict[str, str],
 ) -> Plan:
     """The plan of a successful search, with its evidence.
 
@@ -101,7 +101,7 @@ def to_plan(
         kind=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
         engine=f"{model.device.type} {engine_digest(model.device.type)}",
-        versions=versions,
+        versions={**outcome.costs.device.versions, "attnplan": __version__},
     )
     evidence = {
         "calibration": {

@@ -64,6 +64,11 @@ def this_device(device: torch.device) -> records.DeviceIdentity:
     )
 
 
+def candidate_name(approximation: Approximation) -> str:
+    """What the search calls a candidate: its canonical line, or 'dense'."""
+    return "dense" if approximation.is_dense else catalog.key(approximation)
+
+
 def spell(assignment: Sequence[Approximation]) -> str:
     """The heads of a layer, whatever their order: '3 x window(...) | 6 x dense()'."""
     counts = Counter(catalog.key(a) for a in assignment)
@@ -117,7 +122,7 @@ def measure_device(
         counts,
         ms,
         rest_ms=max(prefill - identity.layers * dense_ms, 0.0),
-        names=names,
+        names=[candidate_name(a) for a in candidates],
         dynamic=[not a.static for a in candidates],
         holdout=(counts > 0).sum(1) > 1,
     )

@@ -1,0 +1,5 @@
+"""`python -m attnplan`."""
+
+from attnplan.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""One model under one plan, measured: what `attnplan evaluate` reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from attnplan.evaluate import Reference, induction_accuracy, kv_bytes, original, prefill_latency
+from attnplan.kernels.approximation import AttentionShape
+from attnplan.models import LoadedModel
+from attnplan.patch import applied, patched_stats
+from attnplan.plan import Plan
+from attnplan.runtime import PLANNED
+from attnplan.verify import density
+
+
+def assess(
+    loaded: LoadedModel,
+    plan: Plan | None,
+    sequences: Tensor,
+    *,
+    seed: int = 0,
+    repeats: int = 5,
+    force: bool = False,
+    advance: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Quality, speed and memory of a model under a plan, beside the model as it is.
+
+    Args:
+        loaded: the model, not patched.
+        plan: None measures the model against itself.
+        sequences: int64 [sequences, tokens], text.
+        seed: of the random strings.
+        repeats: pairs of timed prefills.
+        force: run the plan on another device or in another dtype than its own.
+        advance: called after each unit of work.
+
+    Returns:
+        Plain values: kl_per_token, perplexity, perplexity_dense, tokens, density, latency_ms
+        {plan, dense}, speedup, kv_bytes {plan, dense}, induction_accuracy {plan, dense},
+        planned_layers (how many layers ran the plan at this length, the others dense).
+    """
+    model, context = loaded.model, int(sequences.shape[1])
+    ran: list[int] = []
+
+    @contextmanager
+    def planned() -> Iterator[None]:
+        if plan is None:
+            ran.append(0)
+            yield
+            return
+        with applied(model, plan, force=force):
+            yield
+            stats = patched_stats(model)
+            ran.append(sum(1 for counts in stats.values() if counts.get(PLANNED)))
+
+    quality = Reference(model, sequences).quality(planned, lambda: advance("held-out text"))
+    planned_layers = ran[0]
+    advance("induction")
+    copied = {
+        "plan": induction_accuracy(model, planned, length=context, seed=seed),
+        "dense": induction_accuracy(model, original, length=context, seed=seed),
+    }
+    advance("prefill")
+    text = sequences[0]
+    timing = prefill_latency(model, planned, text, repeats=repeats)
+    return {
+        "kl_per_token": quality.kl_per_token,
+        "perplexity": quality.perplexity,
+        "perplexity_dense": quality.perplexity_dense,
+        "tokens": quality.tokens,
+        "density": _density(loaded, plan, context) if planned_layers else 1.0,
+        "latency_ms": {"plan": timing.median_ms, "dense": timing.dense_ms},
+        "speedup": timing.dense_ms / timing.median_ms,
+        "kv_bytes": {
+            "plan": kv_bytes(model, planned, text),
+            "dense": kv_bytes(model, original, text),
+        },
+        "induction_accuracy": copied,
+        "planned_layers": planned_layers,
+    }
+
+
+def _density(loaded: LoadedModel, plan: Plan | None, context: int) -> float:
+    if plan is None:
+        return 1.0
+    found = loaded.identity
+    shape = AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
+    return density(plan.kernels(context), shape)

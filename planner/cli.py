@@ -1,0 +1,461 @@
+"""The command line: profile, bench, search, evaluate, query, show, validate, doctor, demo.
+
+Every command parses, calls the library and prints. Results go to standard output, progress and
+errors to standard error. Exit codes: 0 done, 1 a budget that cannot be met, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnplan.console import ERRORS, Stages, leave, one_sentence, print_table, quiet_libraries
+
+app = typer.Typer(
+    help="Find, for every head of a transformer, the cheapest attention it can live with.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Hugging Face id, local directory, .gguf file, or smollm2-135m.")
+]
+Data = Annotated[str, typer.Option(help="A text file, or 'builtin'.")]
+Context = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Sequences = Annotated[int, typer.Option(help="Number of sequences.")]
+Database = Annotated[str, typer.Option("--db", help="SQLAlchemy URL of the store.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Repeats = Annotated[int, typer.Option(help="Pairs of timed runs.")]
+
+DATABASE = "sqlite:///attnplan.db"
+CAPTURES = Path(".attnplan")
+DEMO = "smollm2-135m"
+
+
+def main() -> None:
+    """The console script."""
+    with one_sentence():
+        app()
+
+
+@app.command()
+def profile(
+    model: Model,
+    data: Data = "builtin",
+    context: Context = 2048,
+    sequences: Sequences = 3,
+    db: Database = DATABASE,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure what every attention head of a model does, into the store."""
+    from attnplan.profiles.database import Store
+    from attnplan.profiling import capture_files, run_key
+    from attnplan.profiling import profile as run_profile
+
+    loaded, work = _workload(
+        model, data, context, sequences, seed, device, dtype, trust_remote_code
+    )
+    with Store(db) as store, Stages() as progress:
+        progress.stage("Profiling", work.texts + 1)
+        files = capture_files(run_key(loaded, work), CAPTURES)
+        run = run_profile(loaded, work, store, files, progress.advance)
+        heads = store.head_profiles(run.id, arrays=False)
+    _print_profile(run.id, heads)
+
+
+@app.command()
+def search(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where the plan is written.")],
+    max_density: Annotated[
+        float | None, typer.Option(help="Share of dense multiply-adds, selection included.")
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="Prefill time: 0.6x of dense, or 25ms.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="KV cache: 0.5x of dense, or 512MiB.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Nats per token.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Perplexity over dense.")] = None,
+    minimize: Annotated[str | None, typer.Option(help="kl, latency or memory.")] = None,
+    trials: Annotated[int, typer.Option(help="Trials of the Optuna study.")] = 16,
+    swaps: Annotated[int, typer.Option(help="Swaps that refinement may measure.")] = 8,
+    context: Context = 2048,
+    sequences: Sequences = 3,
+    data: Data = "builtin",
+    holdout: Annotated[
+        Path | None, typer.Option(help="A text file to verify on; else a held-out part of data.")
+    ] = None,
+    db: Database = DATABASE,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    repeats: Repeats = 3,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Find the best plan within a budget, prove it by measurement, and write it."""
+    from attnplan.planning import Request
+    from attnplan.planning import plan as run_plan
+    from attnplan.profiles.calibration import load_sequences
+    from attnplan.profiles.database import Store
+    from attnplan.profiling import capture_files, run_key
+    from attnplan.search.budget import Budget, parse_latency, parse_memory
+
+    budget = Budget(
+        max_density=max_density,
+        max_latency=None if max_latency is None else parse_latency(max_latency),
+        max_memory=None if max_memory is None else parse_memory(max_memory),
+        max_kl=max_kl,
+        max_ppl_ratio=max_ppl_ratio,
+        minimize=minimize,  # type: ignore[arg-type]
+    )
+    loaded, work = _workload(
+        model, data, context, sequences, seed, device, dtype, trust_remote_code
+    )
+    held_out = load_sequences(
+        loaded.tokenizer,
+        data if holdout is None else holdout,
+        context=context,
+        sequences=sequences,
+        split="holdout" if holdout is None else "all",
+    )
+    request = Request(budget, trials, swaps, repeats, seed)
+    with Store(db) as store, Stages() as progress:
+        files = capture_files(run_key(loaded, work), CAPTURES)
+        outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)
+        if outcome.plan is not None:
+            _write(loaded, outcome, work, held_out, budget, store, out)
+    _print_outcome(outcome, budget, out, as_json=json_)
+    if outcome.plan is None:
+        missed = "; ".join(outcome.attempts[-1].misses)
+        leave(f"no plan within the budget held up to measurement; the last one missed: {missed}", 1)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    plan: Annotated[Path | None, typer.Option(help="A plan; without, the model as it is.")] = None,
+    data: Data = "builtin",
+    context: Context = 2048,
+    sequences: Sequences = 3,
+    offset: Annotated[int, typer.Option(help="Tokens of the text to skip.")] = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="By default the plan's, else auto.")] = None,
+    seed: Seed = 0,
+    repeats: Repeats = 5,
+    force: Annotated[
+        bool, typer.Option(help="Run the plan on another device or dtype than its own.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Measure a plan's quality and speed against the model without it."""
+    from attnplan.assess import assess
+    from attnplan.models import check_context, load_model
+    from attnplan.plan import Plan
+    from attnplan.profiles.calibration import load_sequences
+
+    quiet_libraries()
+    loaded_plan = None if plan is None else Plan.load(plan)
+    if dtype is None:
+        dtype = "auto" if loaded_plan is None else loaded_plan.target.dtype
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    check_context(loaded.identity, context)
+    split = "holdout" if data == "builtin" else "all"
+    tokens = load_sequences(
+        loaded.tokenizer, data, context=context, sequences=sequences, split=split, offset=offset
+    )
+    with Stages() as progress:
+        progress.stage("Evaluating", sequences + 2)
+        found = assess(
+            loaded,
+            loaded_plan,
+            tokens.tokens,
+            seed=seed,
+            repeats=repeats,
+            force=force,
+            advance=progress.advance,
+        )
+    if json_:
+        print(json.dumps(found))
+    else:
+        rows = [[key, _cell(value)] for key, value in found.items()]
+        print_table("", ("measured", "value"), rows)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="As in `search`.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated.")] = None,
+    db: Database = DATABASE,
+    export: Annotated[Path | None, typer.Option(help="Write this store's timings here.")] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Add the timings of this file first.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    data: Data = "builtin",
+    seed: Seed = 0,
+    repeats: Repeats = 5,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Time every approximation on this device, beside dense attention, into the store."""
+    from attnplan.profiles.database import Store
+    from attnplan.profiles.device_table import export_timings, import_timings
+
+    if model is None and export is None and import_ is None:
+        raise ValueError("nothing to do: name a MODEL to time, or use --export or --import")
+    with Store(db) as store:
+        if import_ is not None:
+            ERRORS.print(f"{import_timings(store, import_)} timings read from {import_}")
+        if model is not None:
+            for length in context or [2048]:
+                _bench(model, store, data, length, seed, device, dtype, repeats, trust_remote_code)
+        if export is not None:
+            ERRORS.print(f"{export_timings(store, export)} timings written to {export}")
+
+
+@app.command()
+def query(
+    view: Annotated[str, typer.Argument(help="heads, spectra, timings, scores, plans or runs.")],
+    where: Annotated[
+        str | None, typer.Option(help="Such as 'sink_mass > 0.5 and k_rank95 < 16'.")
+    ] = None,
+    order_by: Annotated[str | None, typer.Option(help="Columns, each with asc or desc.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many rows.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    db: Database = DATABASE,
+) -> None:
+    """Ask the store about heads, spectra, timings, scores, plans or runs."""
+    from attnplan.profiles.database import Store
+    from attnplan.profiles.queries import VIEWS, run_query
+
+    if format_ not in ("table", "json", "csv"):
+        raise ValueError(f"unknown format {format_!r}; known: table, json, csv")
+    with Store(db, create=False) as store:
+        table = run_query(store, view, where, order_by, limit)
+    if format_ == "json":
+        print(table.to_json())
+    elif format_ == "csv":
+        print(table.to_csv(), end="")
+    else:
+        brief = [name for name in table.columns if name in VIEWS[view].brief]
+        places = [table.columns.index(name) for name in brief]
+        rows = [[_cell(row[place]) for place in places] for row in table.rows]
+        print_table("", brief, rows)
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(help="A plan.")],
+    layer: Annotated[int | None, typer.Option(help="With --head: why this head.")] = None,
+    head: Annotated[int | None, typer.Option(help="With --layer: why this head.")] = None,
+    db: Database = DATABASE,
+) -> None:
+    """Show a plan, or why one head got its method."""
+    from attnplan.explain import explain_head, plan_rows
+    from attnplan.plan import Plan
+    from attnplan.profiles.database import Store
+
+    loaded = Plan.load(plan)
+    if (layer is None) != (head is None):
+        raise ValueError("give both --layer and --head, or neither")
+    if layer is None or head is None:
+        print(loaded.summary())
+        for title, headers, rows in plan_rows(loaded):
+            print_table(title, headers, rows)
+        return
+    with Store(db, create=False) as store:
+        for title, headers, rows in explain_head(loaded, store, layer, head):
+            print_table(title, headers, rows)
+
+
+@app.command()
+def validate(
+    plan: Annotated[Path, typer.Argument(help="A plan.")],
+    model: Annotated[str | None, typer.Option(help="Also check that the plan is for it.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check a plan file, and that it belongs to a model."""
+    from attnplan.plan import Plan, PlanError
+
+    loaded = Plan.load(plan)
+    if model is not None:
+        from attnplan.models import load_model
+
+        quiet_libraries()
+        found = load_model(model, trust_remote_code=trust_remote_code).identity
+        difference = found.difference(loaded.model)
+        if difference is not None:
+            raise PlanError(f"{plan}: the plan is for {loaded.model.name}: {difference}")
+    print(f"{plan} is valid: {loaded.summary()}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run."""
+    from attnplan.explain import machine_rows
+
+    print_table("", ("what", "here"), machine_rows())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path(
+        "smollm2-135m.yaml"
+    ),
+    max_density: Annotated[float, typer.Option(help="As in `search`.")] = 0.25,
+    context: Context = 2048,
+    db: Database = DATABASE,
+) -> None:
+    """Run the whole job on SmolLM2-135M and compare the plan with dense and the baselines."""
+    search(DEMO, out, max_density=max_density, context=context, db=db)
+    print(f"\nApply it: attnplan.load({DEMO!r}, plan={str(out)!r})")
+
+
+def _workload(
+    model: str,
+    data: str,
+    context: int,
+    sequences: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+) -> tuple[Any, Any]:
+    """The model and its calibration texts."""
+    from attnplan.models import check_context, load_model
+    from attnplan.profiles.calibration import load_sequences
+    from attnplan.profiling import Workload
+
+    quiet_libraries()
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    check_context(loaded.identity, context)
+    tokens = load_sequences(
+        loaded.tokenizer, data, context=context, sequences=sequences, split="calibration"
+    )
+    return loaded, Workload(tokens, seed)
+
+
+def _write(
+    loaded: Any, outcome: Any, work: Any, holdout: Any, budget: Any, store: Any, out: Path
+) -> None:
+    from attnplan.profiles import records
+    from attnplan.profiles.digest import digest
+    from attnplan.report import figures, to_plan
+
+    plan = to_plan(loaded, outcome, work, holdout, budget)
+    plan.save(out)
+    text = out.read_text(encoding="utf-8")
+    store.save_plan(
+        records.PlanRecord(
+            search=outcome.search,
+            digest=digest(text),
+            path=str(out),
+            yaml=text,
+            feasible=True,
+            figures=figures(outcome.plan),
+        )
+    )
+
+
+def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from attnplan.report import HEADERS, comparison, lines
+
+    rows = comparison(outcome)
+    if as_json:
+        found = {
+            "plan": str(out) if outcome.plan else None,
+            "budget": budget.canonical(),
+            "rows": [asdict(row) for row in rows],
+            "solver_seconds": outcome.solver_seconds,
+            "cost_model_error": outcome.costs.fit.mape,
+        }
+        print(json.dumps(found))
+        return
+    print_table("Held-out text, and prefill measured beside dense", HEADERS, lines(rows))
+    print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
+    if outcome.plan is not None:
+        print(f"plan: {out}")
+
+
+def _bench(
+    model: str,
+    store: Any,
+    data: str,
+    context: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    repeats: int,
+    trust_remote_code: bool,
+) -> None:
+    from attnplan.explain import timing_rows
+    from attnplan.kernels.approximation import AttentionShape
+    from attnplan.profiling import capture_files, profile, run_key
+    from attnplan.search.candidates import candidates
+    from attnplan.timing import measure_device
+
+    loaded, work = _workload(model, data, context, 1, seed, device, dtype, trust_remote_code)
+    found = loaded.identity
+    shape = AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
+    with Stages() as progress:
+        progress.stage("Profiling", 2)
+        files = capture_files(run_key(loaded, work), CAPTURES)
+        run = profile(loaded, work, store, files, progress.advance)
+        progress.stage(f"Timing at {context}", None)
+        costs = measure_device(
+            loaded,
+            work,
+            store,
+            run,
+            candidates(shape),
+            repeats=repeats,
+            advance=progress.advance,
+        )
+        files.discard()
+    headers, rows = timing_rows(store, loaded, costs, shape)
+    print_table(f"{costs.device.name}, {context} tokens", headers, rows)
+    print(f"cost model: {costs.fit.mape:.1%} mean error on mixtures it was not fitted to")
+
+
+def _print_profile(run: int, heads: Any) -> None:
+    shown = (
+        "sink_mass",
+        "sink_local_mass",
+        "entropy",
+        "effective_keys",
+        "k_rank95",
+        "fisher_total",
+    )
+    rows = []
+    for layer in sorted({h.layer for h in heads}):
+        of_layer = [h.scalars for h in heads if h.layer == layer]
+        means = [sum(s[name] for s in of_layer) / len(of_layer) for name in shown]
+        rows.append([str(layer), *(f"{value:.4g}" for value in means)])
+    print_table(f"profile run {run}: mean over the heads of each layer", ("layer", *shown), rows)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    return str(value)
