@@ -169,7 +169,7 @@ def check(engine: Engine, case: Case) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_mix_of_tiles_matches_the_reference(
     engine: Engine, dtype: torch.dtype, data: st.DataObject
