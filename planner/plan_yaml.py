@@ -160,7 +160,7 @@ def _scalar(loader: _Loader, node: yaml.Node, file: str, place: str) -> Any:
         kind = node.tag.rsplit(":", 1)[-1]
         raise where.error(f"a YAML {kind} has no meaning here; quote it if it is text")
     try:
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node)
     except ValueError as error:
         raise where.error(f"{node.value!r}: {_reason(error)}") from None
 
@@ -251,7 +251,7 @@ def parse_ranges(value: Any, count: int, word: str) -> list[int]:
             raise ValueError(f"{value!r} is no list of {word}s; write 5 or '0-4, 7'")
         first, last = int(low), int(high or low)
         if first > last:
-            raise ValueError(f"{part.strip()!r} counts backwards")
+            raise ValueError(f"{str(part).strip()!r} counts backwards")
         if last >= count:
             raise ValueError(f"{word} {last} does not exist; there are {count}, from 0")
         numbers.extend(range(first, last + 1))

@@ -111,7 +111,7 @@ class LayerState:
     layer: int
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -197,7 +197,7 @@ def _choose(
     return kernel, start
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mask(
     batch_size: int,
     q_length: int,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
-from attnplan.kernels.tile_list import BLOCK, SLOTS, FULL, TileList
+from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TileList
 
 
 def attend(
