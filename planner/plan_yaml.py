@@ -124,7 +124,7 @@ def read(path: Path) -> Entry:
 
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:
             raise yaml.composer.ComposerError(
                 problem="anchors and aliases are not used in plans", problem_mark=event.start_mark
