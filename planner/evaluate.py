@@ -32,14 +32,14 @@ class Quality:
 
     Attributes:
         kl_per_token: mean over all compared positions, in nats.
-        kl_spread: standard error of that mean over the sequences; nan for a single one.
+        kl_spread: standard error of that mean over the sequences; None for a single one.
         perplexity, perplexity_dense: of the next token of the text.
         tokens: positions compared.
         kl_by_sequence: mean KL of every sequence.
     """
 
     kl_per_token: float
-    kl_spread: float
+    kl_spread: float | None
     perplexity: float
     perplexity_dense: float
     tokens: int
@@ -111,7 +111,7 @@ class Reference:
             progress()
         kls, planned, original = zip(*rows, strict=True)
         count = len(rows)
-        spread = statistics.stdev(kls) / count**0.5 if count > 1 else float("nan")
+        spread = statistics.stdev(kls) / count**0.5 if count > 1 else None
         return Quality(
             statistics.fmean(kls),
             spread,

@@ -157,7 +157,7 @@ def _figures(choice: Choice) -> dict[str, Any]:
     return {
         "density": _short(measured.density),
         "kl_per_token": _short(quality.kl_per_token),
-        "kl_standard_error": _short(quality.kl_spread),
+        "kl_standard_error": None if quality.kl_spread is None else _short(quality.kl_spread),
         "perplexity_ratio": _short(quality.perplexity_ratio),
         "induction_accuracy": [_short(measured.induction), _short(measured.induction_dense)],
         "latency_ms": [_short(measured.latency_ms), _short(measured.dense_ms)],
