@@ -1,0 +1,163 @@
+"""Folders, imports and the installation stay in step."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnplan.kernels import catalog
+
+ROOT = Path(__file__).parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
+TOP = ("kernels", "profiles", "search", "planner")
+SEEN = {
+    "kernels": {"kernels"},
+    "profiles": {"kernels", "profiles"},
+    "search": {"kernels", "profiles", "search"},
+}
+IMPORTERS = {
+    "transformers": {
+        "profiles/capture.py",
+        "planner/attention_sites.py",
+        "planner/console.py",
+        "planner/models.py",
+        "planner/patch.py",
+        "planner/runtime.py",
+    },
+    "sqlalchemy": {
+        "profiles/database.py",
+        "profiles/queries.py",
+        "profiles/tables.py",
+        "profiles/migrations/engine.py",
+        "profiles/migrations/versions/*.py",
+    },
+    "alembic": {
+        "profiles/migrations/engine.py",
+        "profiles/migrations/env.py",
+        "profiles/migrations/versions/*.py",
+    },
+    "optuna": {"search/study.py"},
+    "triton": {"kernels/engines/triton.py"},
+    "yaml": {"planner/plan_yaml.py"},
+    "typer": {"planner/cli.py"},
+    "rich": {"planner/console.py"},
+}
+"""A reader knows where to look, and a version break has one address."""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{where(path)}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    found = {where(path.parent) for path in sources(*TOP)}
+    assert found == set(FOLDERS.values())
+    assert set(SETUPTOOLS["packages"]) == set(FOLDERS)
+
+
+@pytest.mark.parametrize(("package", "folder"), FOLDERS.items())
+def test_every_file_is_installed_and_imports(package: str, folder: str) -> None:
+    on_disk = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    path = importlib.import_module(package).__path__
+    installed = {module.name for module in pkgutil.iter_modules(path) if not module.ispkg}
+    assert on_disk == installed, "run `pip install -e .` again"
+    # Alembic alone can run env.py, and __main__ would start the command line
+    for name in sorted(on_disk - {"env", "__main__"}):
+        importlib.import_module(f"{package}.{name}")
+
+
+@pytest.mark.parametrize(("package", "patterns"), SETUPTOOLS["package-data"].items())
+def test_data_files_are_installed(package: str, patterns: list[str]) -> None:
+    on_disk = {path.name for p in patterns for path in (ROOT / FOLDERS[package]).glob(p)}
+    parts = map(Path, importlib.import_module(package).__path__)
+    assert on_disk and on_disk <= {path.name for part in parts for path in part.iterdir()}
+
+
+def test_folders_do_not_shadow_packages() -> None:
+    """transformers imports Hugging Face's `kernels`: from the root it would find ours."""
+    assert [where(path) for path in sources(*TOP) if path.name == "__init__.py"] == [
+        "planner/__init__.py"
+    ]
+
+
+def test_no_file_has_the_name_of_a_standard_module() -> None:
+    """Running a file puts its folder first on sys.path."""
+    assert not {path.stem for path in sources(*TOP)} & set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("folder", SEEN)
+def test_imports_point_one_way(folder: str) -> None:
+    for path in sources(folder):
+        for name in imported(path):
+            if name.split(".")[0] == "attnplan":
+                assert name.split(".")[1] in SEEN[folder], f"{where(path)} imports {name}"
+            assert name.split(".")[0] not in TOP, f"{where(path)} imports {name}"
+
+
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_a_library_is_imported_in_known_files_only(library: str) -> None:
+    for path in sources(*TOP):
+        if any(name.split(".")[0] == library for name in imported(path)):
+            known = [p for p in IMPORTERS[library] if path.match(p)]
+            assert known, f"{where(path)} imports {library}"
+
+
+def test_only_the_catalog_names_methods() -> None:
+    """A new method is one new file and its name in the catalog."""
+    methods = {**catalog.NEAR, **catalog.FAR}
+    classes = {cls.__name__ for cls in methods.values()}
+    # 'dense' is a word of plan files, and 'window' a knob that several methods share
+    names = set(methods) - {"dense", "window"}
+    for path in sources(*TOP):
+        if where(path.parent) in ("kernels/near", "kernels/far") or path.name == "catalog.py":
+            continue
+        for name in imported(path):
+            assert not name.startswith(("attnplan.kernels.near", "attnplan.kernels.far")), (
+                f"{where(path)} imports {name}"
+            )
+        for node in ast.walk(ast.parse(path.read_text())):
+            word = node.value if isinstance(node, ast.Constant) else getattr(node, "id", None)
+            assert not isinstance(word, str) or word not in names | classes, (
+                f"{where(path)}, line {getattr(node, 'lineno', 0)}: {word}"
+            )
+
+
+@pytest.mark.parametrize("command", ["import attnplan", "import attnplan.cli"])
+def test_importing_the_package_is_light(command: str) -> None:
+    """`attnplan --help` answers at once."""
+    loaded = f"{command}, sys; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    assert "attnplan" in found
+    assert not {"torch", "transformers", "optuna", "sqlalchemy", "sklearn"} & set(found)
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    import attnplan
+
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = attnplan.nothing
