@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, Inputs
+from attnplan.kernels.approximation import Approximation, Fitted, Inputs
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.models import LoadedModel
 from attnplan.profiles import records
+from attnplan.profiles.capture import LayerCapture
 from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
@@ -77,18 +78,8 @@ def score(
                 if layer.layer not in wanted:
                     continue
                 known = scored.get((text, layer.layer), frozenset())
-                observed = Observed(
-                    Inputs.of_layer(
-                        layer.query.to(loaded.model.device),
-                        layer.key.to(loaded.model.device),
-                        layer.value.to(loaded.model.device),
-                        scale=layer.scale,
-                        fitted=fitted[layer.layer],
-                    ),
-                    layer.gradient,
-                    layer.projection,
-                )
-                rows = _rows(observed, candidates, names, known, blocks)
+                observed = _observed(layer, loaded.model.device, fitted[layer.layer])
+                rows = _rows(observed, candidates, names, known, blocks.to(loaded.model.device))
                 store.save_scores(run.id, text, layer.layer, asked, rows)
     files.discard()
     return table(store, run, work, candidates, loaded.identity.layers, loaded.identity.heads)
@@ -124,6 +115,16 @@ def table(
         )
     # half the Fisher cost is the KL divergence, to second order
     return ScoreTable(candidates, 0.5 * fisher[:-1].mean(0), 0.5 * fisher[-1], error[:-1].mean(0))
+
+
+def _observed(layer: LayerCapture, device: torch.device, fitted: Fitted) -> Observed:
+    """One captured layer on the device that will run the plan."""
+    query, key, value = (t.to(device) for t in (layer.query, layer.key, layer.value))
+    return Observed(
+        Inputs.of_layer(query, key, value, scale=layer.scale, fitted=fitted),
+        None if layer.gradient is None else layer.gradient.to(device),
+        None if layer.projection is None else layer.projection.to(device),
+    )
 
 
 def _blocks(work: Workload, text: int) -> Tensor:

@@ -30,7 +30,7 @@ class Observed:
     candidate's alone, also where tensors were stored in bfloat16.
 
     Attributes:
-        inputs: the exact call.
+        inputs: the exact call; the other tensors are on its device.
         gradient: [1, heads, queries, value_dim], of the sampled loss at the exact output; None
             without a backward pass.
         projection: float32 [heads], sensitivity to use without a gradient.
@@ -101,9 +101,9 @@ def score_layer(
             some = inputs.heads(wanted)
             change = _output(candidate, some, blocks)[0][:, real].float() - exact[list(wanted)]
             cost = _cost(observed, list(wanted), rows, change)
-            fisher[list(wanted), c] = cost.numpy()
+            fisher[list(wanted), c] = cost.cpu().numpy()
             squares = change.square().sum((1, 2)).double()
-            error[list(wanted), c] = (squares / norm[list(wanted)]).sqrt().numpy()
+            error[list(wanted), c] = (squares / norm[list(wanted)]).sqrt().cpu().numpy()
     return CandidateScores(fisher, error, len(rows))
 
 
