@@ -11,7 +11,7 @@ slots (pseudo-keys) that a `Compressor` made of keys that the near field left ou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -195,11 +195,14 @@ class Inputs:
 
     def rows(self, blocks: Tensor) -> Tensor:
         """The queries of some blocks, [batch, heads, len(blocks) * 64, head_dim], zero-padded."""
-        query = torch.nn.functional.pad(
-            self.query, (0, 0, 0, self.blocks * BLOCK - self.query.shape[2])
-        )
-        batch, heads, _, head_dim = query.shape
-        query = query.view(batch, heads, self.blocks, BLOCK, head_dim)
+        rows = self.blocks * BLOCK
+        if len(blocks) == self.blocks and bool((blocks[1:] > blocks[:-1]).all()):
+            # all blocks in order: at most the padding is copied
+            more = rows - self.query.shape[2]
+            return torch.nn.functional.pad(self.query, (0, 0, 0, more)) if more else self.query
+        batch, heads, _, head_dim = self.query.shape
+        query = torch.nn.functional.pad(self.query, (0, 0, 0, rows - self.query.shape[2]))
+        query = query.reshape(batch, heads, self.blocks, BLOCK, head_dim)
         return query[:, :, blocks].reshape(batch, heads, -1, head_dim)
 
     def positions(self, blocks: Tensor) -> Tensor:
@@ -239,6 +242,8 @@ class Selector(ABC):
     """The tile list depends on shapes alone: it is built once and costs nothing online."""
     far_compatible: ClassVar[bool] = False
     """`floor` is honoured: a compressor may stand in for the keys before it."""
+    selects_together: ClassVar[bool] = False
+    """Heads with different settings select in one go, by an own `select`."""
     predictor: ClassVar[str]
     """The profile statistic that should predict this method's error, for reports."""
 
@@ -257,6 +262,18 @@ class Selector(ABC):
             floor: int64 [batch, n] or None. Keys from `floor` up to the query must all be kept,
                 because the far field ends there.
         """
+
+    @classmethod
+    def select(cls, selectors: Sequence[Self], inputs: Inputs, blocks: Tensor) -> TileList:
+        """The tiles of heads with different settings of one method, one selector per head.
+
+        A method whose heads can select together, whatever their settings, overrides this.
+        """
+        groups: dict[Self, list[int]] = {}
+        for head, selector in enumerate(selectors):
+            groups.setdefault(selector, []).append(head)
+        parts = [(heads, s.near(inputs.heads(tuple(heads)), blocks)) for s, heads in groups.items()]
+        return tile_list.stack_heads(parts, len(selectors))
 
     @abstractmethod
     def keep(self, inputs: Inputs) -> Tensor:
@@ -291,16 +308,23 @@ class Compressor(ABC):
     def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
         """Where the far field of each query block ends, int64 [batch, len(blocks)].
 
+        Depends on sizes and padding alone.
+
         At least `window` keys before the block's first query stay near.
         """
 
     @abstractmethod
     def far(
-        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
     ) -> tuple[Slots | None, TileList]:
-        """Slots for the keys in [start + sinks, floor), and the slot tiles of each block.
+        """Slots for the keys in [start + sinks, floor), and the slot tiles of each query block.
 
         No slots where no query block has a far field yet.
+
+        Args:
+            inputs: the call.
+            floor: int64 [batch, heads, blocks].
+            sinks: for each head, first keys that stay near.
         """
 
     @abstractmethod
@@ -344,7 +368,7 @@ class Approximation:
         """Multiply-adds of one head of one sequence."""
         cost = self.near.cost(shape)
         if self.far is not None:
-            cost = cost + self.far.cost(shape, *self._reach())
+            cost = cost + self.far.cost(shape, *self.reach)
         return cost
 
     def density(self, shape: AttentionShape) -> float:
@@ -355,13 +379,23 @@ class Approximation:
         """The near and far tiles of some query blocks, and the slots that the far tiles read."""
         if self.far is None:
             return self.near.near(inputs, blocks), None
-        window, sinks = self._reach()
+        window, sinks = self.reach
         floor = self.far.floor(inputs, blocks, window)
         near = self.near.near(inputs, blocks, floor)
-        slots, far = self.far.far(inputs, blocks, floor, sinks)
+        heads = len(inputs.head)
+        floors = floor[:, None].expand(-1, heads, -1)
+        slots, far = self.far.far(inputs, floors, (sinks,) * heads)
         return tile_list.concat([near, far]), slots
 
-    def _reach(self) -> tuple[int, int]:
+    @property
+    def together(self) -> str:
+        """Approximations with the same text share what a layer pays once."""
+        if self.far is not None:
+            return repr(self.far)
+        return self.near.name if self.near.selects_together else repr(self.near)
+
+    @property
+    def reach(self) -> tuple[int, int]:
         """Window and sinks of the selector: what a far field must leave to it."""
         return getattr(self.near, "window", 0), getattr(self.near, "sinks", 0)
 

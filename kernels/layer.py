@@ -1,19 +1,28 @@
 """All heads of one layer, each with its own approximation, in one launch.
 
-Heads with the same approximation select together; their tile lists are stacked into one list for
-the layer. What depends on shapes alone (static selectors) is built once per shape and kept.
+Heads with the same method select together, whatever their settings, and heads with the same
+compressor compress together; the tile lists are stacked into one list for the layer. What depends
+on shapes alone (static selectors) is built once per shape and kept.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import Approximation, Fitted, Inputs, Slots
+from attnplan.kernels.approximation import (
+    Approximation,
+    Compressor,
+    Fitted,
+    Inputs,
+    Selector,
+    Slots,
+)
 from attnplan.kernels.executor import attend
 from attnplan.kernels.tile_list import TileList
 
@@ -34,7 +43,14 @@ class LayerKernel:
         for head, approximation in enumerate(assignment):
             heads.setdefault(approximation, []).append(head)
         self._static = [(a, tuple(h)) for a, h in heads.items() if a.static]
-        self._dynamic = [(a, tuple(h)) for a, h in heads.items() if not a.static]
+        self._paired = [(a, tuple(h)) for a, h in heads.items() if a.far is not None]
+        self._dynamic: dict[type[Selector], list[int]] = {}
+        self._compressed: dict[Compressor, list[int]] = {}
+        for head, approximation in enumerate(assignment):
+            if approximation.far is not None:
+                self._compressed.setdefault(approximation.far, []).append(head)
+            elif not approximation.static:
+                self._dynamic.setdefault(type(approximation.near), []).append(head)
 
     def __call__(
         self,
@@ -67,17 +83,44 @@ class LayerKernel:
 
     def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
         """Tile list and slots of the whole layer for some query blocks."""
-        parts: list[tuple[tuple[int, ...], TileList]] = []
-        slots: list[tuple[tuple[int, ...], Slots]] = []
+        parts: list[tuple[Sequence[int], TileList]] = []
         if self._static:
             parts.append(self._static_tiles(inputs, blocks))
-        for approximation, heads in self._dynamic:
-            tiles, made = approximation.tiles(inputs.heads(heads), blocks)
+        for method, heads in self._dynamic.items():
+            selectors = [self.assignment[head].near for head in heads]
+            parts.append((heads, method.select(selectors, inputs.heads(tuple(heads)), blocks)))
+        floors: dict[int, Tensor] = {}
+        for approximation, paired in self._paired:
+            assert approximation.far is not None
+            floor = approximation.far.floor(inputs, blocks, approximation.reach[0])
+            floors |= dict.fromkeys(paired, floor)
+            near = approximation.near.near(inputs.heads(paired), blocks, floor)
+            parts.append((paired, near))
+        near = tile_list.stack_heads(parts, len(self.assignment))
+        if not self._compressed:
+            return near, None
+        far, slots = self._far(inputs, len(blocks), floors)
+        return tile_list.concat([near, far]), slots
+
+    def _far(
+        self, inputs: Inputs, blocks: int, floors: dict[int, Tensor]
+    ) -> tuple[TileList, Slots | None]:
+        """Slot tiles and slots; heads with the same compressor compress together."""
+        parts: list[tuple[Sequence[int], TileList]] = []
+        slots: list[tuple[list[int], Slots]] = []
+        for compressor, heads in self._compressed.items():
+            floor = torch.stack([floors[head] for head in heads], dim=1)
+            sinks = [self.assignment[head].reach[1] for head in heads]
+            made, tiles = compressor.far(inputs.heads(tuple(heads)), floor, sinks)
             parts.append((heads, tiles))
             if made is not None:
                 slots.append((heads, made))
-        merged = tile_list.stack_heads(parts, len(self.assignment))
-        return merged, _merge_slots(slots, len(self.assignment)) if slots else None
+        others = [head for head in range(len(self.assignment)) if head not in floors]
+        if others:
+            nothing = tile_list.empty(len(inputs.start), len(others), blocks, inputs.query.device)
+            parts.append((others, nothing))
+        far = tile_list.stack_heads(parts, len(self.assignment))
+        return far, _merge_slots(slots, len(self.assignment)) if slots else None
 
     def _static_tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[tuple[int, ...], TileList]:
         """Heads with static selectors, and their tile list, built once per shape."""
@@ -110,7 +153,7 @@ _CACHED_LISTS = 256
 _STATIC: OrderedDict[object, TileList] = OrderedDict()
 
 
-def _merge_slots(parts: list[tuple[tuple[int, ...], Slots]], heads: int) -> Slots:
+def _merge_slots(parts: list[tuple[list[int], Slots]], heads: int) -> Slots:
     """The slots of all far fields of a layer, padded to the longest."""
     count = max(slots.key.shape[2] for _, slots in parts)
     pad = torch.nn.functional.pad
@@ -127,7 +170,7 @@ def _merge_slots(parts: list[tuple[tuple[int, ...], Slots]], heads: int) -> Slot
     head = torch.full((heads,), -1, dtype=torch.int32, device=grown[0].key.device)
     first = 0
     for (names, _), slots in zip(parts, grown, strict=True):
-        head[list(names)] = slots.head + first
+        head[names] = slots.head + first
         first += slots.key.shape[1]
     return Slots(
         torch.cat([s.key for s in grown], 1),

@@ -26,11 +26,14 @@ a list, as one would write it:
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from attnplan.kernels.engines import build
 
 BLOCK = 64
 CONTIGUOUS, GATHER, SLOTS = 0, 1, 2
@@ -177,24 +180,12 @@ def from_rows(
     )
 
 
-def _row_of_tile(part: TileList) -> Tensor:
-    rows = torch.arange(part.rows, device=part.tiles.device)
-    return torch.repeat_interleave(rows, part.offsets.long().diff())
-
-
-def _shifted(part: TileList, gathers: int, masks: int) -> Tensor:
-    """The tiles of `part` after its pools moved behind `gathers` and `masks` others."""
-    kind, index, mask = part.tiles.unbind(1)
-    index = torch.where(kind == GATHER, index + gathers, index)
-    mask = torch.where(mask == FULL, mask, mask + masks)
-    return torch.stack([kind, index, mask], dim=1)
-
-
 def _join(
-    rows: Sequence[Tensor], parts: Sequence[TileList], batch: int, heads: int, blocks: int
+    targets: Sequence[Tensor], parts: Sequence[TileList], batch: int, heads: int, blocks: int
 ) -> TileList:
+    """One list from several; row `r` of `parts[p]` goes to row `targets[p][r]`."""
     gathers = masks = 0
-    tiles, gather_pool, mask_pool = [], [], []
+    gather_pool, mask_pool, shifts = [], [], []
     seen: dict[int, tuple[int, int]] = {}
     for part in parts:
         if id(part) not in seen:  # a list that several heads share keeps one copy of its pools
@@ -203,16 +194,59 @@ def _join(
             mask_pool.append(part.masks)
             gathers += part.gather.shape[0]
             masks += part.masks.shape[0]
-        tiles.append(_shifted(part, *seen[id(part)]))
-    return from_rows(
-        batch,
-        heads,
-        blocks,
-        torch.cat(list(rows)),
-        torch.cat(tiles),
-        torch.cat(gather_pool),
-        torch.cat(mask_pool),
+        shifts.append(seen[id(part)])
+    pools = torch.cat(gather_pool), torch.cat(mask_pool)
+    library = build.load().library if pools[0].device.type == "cpu" else None
+    if library is not None:
+        return _join_compiled(library, targets, parts, shifts, (batch, heads, blocks), pools)
+    rows, tiles = [], []
+    for target, part, (gather_shift, mask_shift) in zip(targets, parts, shifts, strict=True):
+        rows.append(torch.repeat_interleave(target, part.offsets.long().diff()))
+        kind, index, mask = part.tiles.unbind(1)
+        index = torch.where(kind == GATHER, index + gather_shift, index)
+        mask = torch.where(mask == FULL, mask, mask + mask_shift)
+        tiles.append(torch.stack([kind, index, mask], dim=1))
+    return from_rows(batch, heads, blocks, torch.cat(rows), torch.cat(tiles), *pools)
+
+
+class _Part(ctypes.Structure):
+    """`Part` of tile_join.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("offsets", "tiles", "target")),
+        *((name, ctypes.c_int64) for name in ("rows", "gather_shift", "mask_shift")),
     )
+
+
+def _join_compiled(
+    library: ctypes.CDLL,
+    targets: Sequence[Tensor],
+    parts: Sequence[TileList],
+    shifts: Sequence[tuple[int, int]],
+    shape: tuple[int, int, int],
+    pools: tuple[Tensor, Tensor],
+) -> TileList:
+    batch, heads, blocks = shape
+    held = [
+        (p.offsets.contiguous(), p.tiles.contiguous(), t.contiguous())
+        for p, t in zip(parts, targets, strict=True)
+    ]
+    calls = (_Part * len(parts))(
+        *(
+            _Part(*(t.data_ptr() for t in tensors), len(tensors[2]), *shift)
+            for tensors, shift in zip(held, shifts, strict=True)
+        )
+    )
+    offsets = torch.empty(batch * heads * blocks + 1, dtype=torch.int32)
+    tiles = torch.empty(sum(len(p.tiles) for p in parts), 3, dtype=torch.int32)
+    library.attnplan_join(
+        calls,
+        ctypes.c_int64(len(parts)),
+        ctypes.c_int64(batch * heads * blocks),
+        ctypes.c_void_p(offsets.data_ptr()),
+        ctypes.c_void_p(tiles.data_ptr()),
+    )
+    return TileList(batch, heads, blocks, offsets, tiles, *pools)
 
 
 def concat(parts: Sequence[TileList]) -> TileList:
@@ -221,8 +255,8 @@ def concat(parts: Sequence[TileList]) -> TileList:
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
-    rows = [_row_of_tile(part) for part in parts]
-    return _join(rows, parts, first.batch, first.heads, first.blocks)
+    same = torch.arange(first.rows, device=first.tiles.device)
+    return _join([same] * len(parts), parts, first.batch, first.heads, first.blocks)
 
 
 def stack_heads(parts: Sequence[tuple[Sequence[int], TileList]], heads: int) -> TileList:
@@ -234,17 +268,12 @@ def stack_heads(parts: Sequence[tuple[Sequence[int], TileList]], heads: int) -> 
     """
     if len(parts) == 1 and list(parts[0][0]) == list(range(heads)):
         return parts[0][1]
-    rows = []
-    for names, part in parts:
-        batch_head, block = (
-            _row_of_tile(part) // part.blocks,
-            _row_of_tile(part) % part.blocks,
-        )
-        to_head = torch.tensor(list(names), device=part.tiles.device)
-        head = to_head[batch_head % part.heads]
-        rows.append(((batch_head // part.heads) * heads + head) * part.blocks + block)
     first = parts[0][1]
-    return _join(rows, [p for _, p in parts], first.batch, heads, first.blocks)
+    device = first.tiles.device
+    rows = torch.arange(first.batch * heads * first.blocks, device=device)
+    rows = rows.view(first.batch, heads, first.blocks)
+    targets = [rows[:, list(names)].flatten() for names, _ in parts]
+    return _join(targets, [p for _, p in parts], first.batch, heads, first.blocks)
 
 
 def stack_batch(parts: Sequence[TileList]) -> TileList:
@@ -252,8 +281,9 @@ def stack_batch(parts: Sequence[TileList]) -> TileList:
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
-    rows = [_row_of_tile(part) + b * first.heads * first.blocks for b, part in enumerate(parts)]
-    return _join(rows, parts, len(parts), first.heads, first.blocks)
+    rows = torch.arange(first.rows, device=first.tiles.device)
+    targets = [rows + b * first.rows for b in range(len(parts))]
+    return _join(targets, parts, len(parts), first.heads, first.blocks)
 
 
 def from_tokens(tokens: Tensor, keys: int) -> TileList:

@@ -101,7 +101,12 @@ def measure_device(
     device = this_device(model.device)
     heads = identity.heads
     names = [catalog.key(a) for a in candidates]
-    wanted = [(a,) * heads for a in candidates] + _mixtures(candidates, heads, work.seed)
+    mixtures = _mixtures(candidates, heads, work.seed)
+    wanted = [
+        *((a,) * heads for a in candidates),
+        *_beside_static(candidates, heads),
+        *mixtures,
+    ]
     known = {t.approximation: t for t in _timings(loaded, work, store, device)}
     missing = [row for row in wanted if spell(row) not in known]
     if missing:
@@ -113,10 +118,9 @@ def measure_device(
         known = {t.approximation: t for t in _timings(loaded, work, store, device)}
     prefill = _dense_prefill(loaded, work, store, device, repeats)
 
-    rows = [parse(spelled, names) for spelled in known]
-    used = [(row, known[s].median_ms) for row, s in zip(rows, known, strict=True) if row]
-    counts = np.array([row for row, _ in used])
-    ms = np.array([time for _, time in used])
+    spelled = [name for name in known if parse(name, names)]
+    counts = np.array([parse(name, names) for name in spelled])
+    ms = np.array([known[name].median_ms for name in spelled])
     dense_ms = float(np.median(ms[(counts[:, 1:] == 0).all(1)]))
     fit = fit_latency(
         counts,
@@ -124,9 +128,26 @@ def measure_device(
         rest_ms=max(prefill - identity.layers * dense_ms, 0.0),
         names=[candidate_name(a) for a in candidates],
         dynamic=[not a.static for a in candidates],
-        holdout=(counts > 0).sum(1) > 1,
+        method=_methods(candidates),
+        holdout=np.isin(spelled, [spell(row) for row in mixtures]),
     )
     return DeviceCosts(fit, prefill, device)
+
+
+def _methods(candidates: tuple[Approximation, ...]) -> list[int]:
+    """For each candidate, the first of those that select or compress together with it."""
+    first: dict[str, int] = {}
+    return [first.setdefault(a.together, c) for c, a in enumerate(candidates)]
+
+
+def _beside_static(
+    candidates: tuple[Approximation, ...], heads: int
+) -> list[tuple[Approximation, ...]]:
+    """One head of every dynamic candidate beside cheap static ones: what a method costs once."""
+    static = [a for a in candidates if a.static and not a.is_dense]
+    if heads < 2 or not static:
+        return []
+    return [(a, *[static[0]] * (heads - 1)) for a in candidates if not a.static]
 
 
 def _mixtures(

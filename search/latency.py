@@ -2,7 +2,7 @@
 
     all heads dense:  dense_layer_ms                            (the layer goes to SDPA)
     otherwise:        overhead_ms + sum over heads of head_ms[c]
-                      + sum over the candidates present of method_overhead_ms[c]
+                      + sum over the methods present of method_overhead_ms
 
 The coefficients are fitted to timings of whole layers by non-negative least squares on the
 relative error.
@@ -29,9 +29,12 @@ class LatencyModel:
         dense_layer_ms: a layer whose heads are all dense.
         overhead_ms: what a mixed layer costs beside its heads.
         head_ms: float64 [candidates]; entry 0 is a dense head inside a mixed layer.
-        method_overhead_ms: float64 [candidates], paid once by a layer in which the candidate
-            occurs (choosing keys for all its heads at once); 0 for dense.
+        method_overhead_ms: float64 [candidates], paid once by a layer for each method in which
+            it occurs (choosing keys for all its heads at once); 0 for dense, and for candidates
+            that do not stand for their method.
         rest_ms: everything of the prefill that is not attention.
+        method: int64 [candidates], for each candidate the one that stands for its method: they
+            pay the overhead together. None where every candidate is a method of its own.
     """
 
     dense_layer_ms: float
@@ -39,8 +42,11 @@ class LatencyModel:
     head_ms: Floats
     method_overhead_ms: Floats
     rest_ms: float
+    method: Ints | None = None
 
     def __post_init__(self) -> None:
+        if self.method is None:
+            object.__setattr__(self, "method", np.arange(len(self.head_ms)))
         if self.head_ms.shape != self.method_overhead_ms.shape or self.head_ms.ndim != 1:
             raise ValueError(
                 "head_ms and method_overhead_ms need one number per candidate, got shapes "
@@ -59,11 +65,17 @@ class LatencyModel:
     def candidates(self) -> int:
         return len(self.head_ms)
 
+    @property
+    def methods(self) -> Ints:
+        """For each candidate, the one that stands for its method."""
+        assert self.method is not None  # set by __post_init__
+        return self.method
+
     def layer_ms(self, assignment: Ints) -> Floats:
         """Attention time of every layer: [..., layers, heads] to [..., layers]."""
         ms: Floats = self.overhead_ms + self.head_ms[assignment].sum(-1)
         if self.method_overhead_ms.any():
-            ms = ms + presence(assignment, self.candidates) @ self.method_overhead_ms
+            ms = ms + presence(self.methods[assignment], self.candidates) @ self.method_overhead_ms
         return np.where((assignment == 0).all(-1), self.dense_layer_ms, ms)
 
     def predict(self, assignment: Ints) -> float:
@@ -132,6 +144,7 @@ def fit_latency(
     rest_ms: float,
     names: Sequence[str],
     dynamic: Sequence[bool],
+    method: Sequence[int] | None = None,
     holdout: NDArray[np.bool_] | None = None,
 ) -> LatencyFit:
     """Fit the cost model to timings of single layers.
@@ -142,6 +155,8 @@ def fit_latency(
         rest_ms: time of the prefill outside attention; passed through to the model.
         names: of the candidates; the first is dense.
         dynamic: whether a candidate pays an overhead once per layer.
+        method: for each candidate the one that stands for its method; candidates of one method
+            pay the overhead together. By default each is a method of its own.
         holdout: bool [rows], rows to hold out together when errors are estimated. By default
             every row is held out in turn, if its candidates also occur in other rows.
 
@@ -158,12 +173,13 @@ def fit_latency(
         raise ValueError(f"timings must be positive milliseconds, got {ms.min()}")
     _check_coverage(counts, names)
     once = np.asarray(dynamic, bool)
+    groups = np.arange(len(names)) if method is None else np.asarray(method, np.int64)
 
-    model = _fit(counts, ms, once, rest_ms)
+    model = _fit(counts, ms, once, groups, rest_ms)
     if holdout is not None:
         _check_coverage(counts[~holdout], names)
         rows = np.flatnonzero(holdout)
-        held_out = _fit(counts[~holdout], ms[~holdout], once, rest_ms)
+        held_out = _fit(counts[~holdout], ms[~holdout], once, groups, rest_ms)
         predicted = _apply(held_out, counts[rows])
     else:
         occurrences = (counts > 0).sum(0)
@@ -173,7 +189,7 @@ def fit_latency(
         predicted = np.empty(len(rows))
         for i, row in enumerate(rows):
             others = np.arange(len(ms)) != row
-            left_out = _fit(counts[others], ms[others], once, rest_ms)
+            left_out = _fit(counts[others], ms[others], once, groups, rest_ms)
             predicted[i] = _apply(left_out, counts[row : row + 1])[0]
     return LatencyFit(model, rows, (predicted - ms[rows]) / ms[rows])
 
@@ -187,21 +203,30 @@ def _check_coverage(counts: Floats, names: Sequence[str]) -> None:
         raise ValueError(f"no timing of {names[missing[0]]}; run: attnplan bench")
 
 
-def _features(counts: Floats, once: NDArray[np.bool_]) -> Floats:
-    """Columns: mixed layer, heads per candidate, presence of dynamic candidates."""
-    return np.hstack([np.ones((len(counts), 1)), counts, (counts > 0) & once])
+def _features(counts: Floats, once: NDArray[np.bool_], method: Ints) -> Floats:
+    """Columns: mixed layer, heads per candidate, presence of methods with an overhead."""
+    return np.hstack([np.ones((len(counts), 1)), counts, (_by_method(counts, method) > 0) & once])
 
 
-def _fit(counts: Floats, ms: Floats, once: NDArray[np.bool_], rest_ms: float) -> LatencyModel:
+def _by_method(counts: Floats, method: Ints) -> Floats:
+    """Heads per method, in the column of the candidate that stands for it."""
+    return counts @ np.eye(len(method))[method]
+
+
+def _fit(
+    counts: Floats, ms: Floats, once: NDArray[np.bool_], method: Ints, rest_ms: float
+) -> LatencyModel:
     is_dense = (counts[:, 1:] == 0).all(1)
     # The weighted mean that minimises the sum of squared relative errors.
     dense_layer_ms = float((1 / ms[is_dense]).sum() / (1 / ms[is_dense] ** 2).sum())
     mixed, mixed_ms = counts[~is_dense], ms[~is_dense]
     # With one count alone, cost per head and cost per layer cannot be told apart; with equally
     # many heads in all layers, neither can the overhead: the heads then carry it.
-    once = once & np.array([len(set(column[column > 0])) > 1 for column in mixed.T], bool)
+    by_method = _by_method(mixed, method)
+    stands = method == np.arange(len(method))
+    once = once & stands & np.array([len(set(c[c > 0])) > 1 for c in by_method.T], bool)
     once[0] = False
-    columns = _features(mixed, once)
+    columns = _features(mixed, once, method)
     identified: NDArray[np.bool_] = np.asarray((columns > 0).any(0))
     identified[0] = len(set(mixed.sum(1))) > 1
     solution = np.zeros(columns.shape[1])
@@ -212,11 +237,13 @@ def _fit(counts: Floats, ms: Floats, once: NDArray[np.bool_], rest_ms: float) ->
     head_ms, method_overhead_ms = solution[1 : 1 + candidates], solution[1 + candidates :]
     if not mixed[:, 0].any():  # no dense head was timed beside others
         head_ms[0] = dense_layer_ms / counts[is_dense].sum(1).mean()
-    return LatencyModel(dense_layer_ms, float(solution[0]), head_ms, method_overhead_ms, rest_ms)
+    overhead_ms = float(solution[0])
+    return LatencyModel(dense_layer_ms, overhead_ms, head_ms, method_overhead_ms, rest_ms, method)
 
 
 def _apply(model: LatencyModel, counts: Floats) -> Floats:
-    ms = model.overhead_ms + counts @ model.head_ms + (counts > 0) @ model.method_overhead_ms
+    present = _by_method(counts, model.methods) > 0
+    ms = model.overhead_ms + counts @ model.head_ms + present @ model.method_overhead_ms
     return np.where((counts[:, 1:] == 0).all(1), model.dense_layer_ms, ms)
 
 

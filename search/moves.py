@@ -88,13 +88,15 @@ def _latency_after(problem: Problem, assignment: Assignment) -> Floats:
     own = model.head_ms[assignment]
     ms = model.overhead_ms + own.sum(-1)[:, None, None] - own[..., None] + model.head_ms
     if model.method_overhead_ms.any():
-        counts = np.stack([np.bincount(row, minlength=model.candidates) for row in assignment])
-        present = presence(assignment, model.candidates)
-        last = np.take_along_axis(counts, assignment, -1) == 1
-        leaves = np.where(last, model.method_overhead_ms[assignment], 0.0)
-        once = (present @ model.method_overhead_ms)[:, None, None] - leaves[..., None]
-        enters = ((1 - present) * model.method_overhead_ms)[:, None, :]
-        ms = ms + once + enters
+        method = model.methods[assignment]
+        counts = np.stack([np.bincount(row, minlength=model.candidates) for row in method])
+        present = presence(method, model.candidates)
+        last = np.take_along_axis(counts, method, -1) == 1
+        leaves = np.where(last, model.method_overhead_ms[method], 0.0)[..., None]
+        enters = ((1 - present) * model.method_overhead_ms)[:, None, model.methods]
+        stays = model.methods == method[..., None]
+        once = (present @ model.method_overhead_ms)[:, None, None]
+        ms = ms + once + np.where(stays, 0.0, enters - leaves)
     approximated = (assignment != 0).sum(-1)[:, None] - (assignment != 0)
     ms[..., 0] = np.where(approximated == 0, model.dense_layer_ms, ms[..., 0])
     return ms

@@ -162,7 +162,8 @@ class _Solver:
         problem, model = self.problem, self.problem.latency
         w = weights[:, None, :]
         once = model.method_overhead_ms
-        assignment, heads_cost = self._heads(weights, np.zeros((1, 1, 1)) + once / problem.heads)
+        shared = once[model.methods] / problem.heads
+        assignment, heads_cost = self._heads(weights, np.zeros((1, 1, 1)) + shared)
         mixed = w[..., 2] * model.overhead_ms + heads_cost
         dense_layer = self.problem.layer_totals(problem.dense)[0].copy()
         dense_layer[0] = 0.0
@@ -177,15 +178,17 @@ class _Solver:
 
     def _settle_overheads(self, weights: Floats, assignment: Assignment) -> Assignment:
         """Share each overhead among the heads that just chose it, and choose again."""
-        problem, once = self.problem, self.problem.latency.method_overhead_ms
+        problem, method = self.problem, self.problem.latency.methods
+        once = problem.latency.method_overhead_ms
         w = weights[:, None, :]
         best = assignment
         cost = (problem.layer_totals(best, self.fisher) * w).sum(-1)
         for _ in range(3):
             counts = np.zeros((*assignment.shape[:-1], problem.candidates))
             for head in range(problem.heads):
-                counts += presence(assignment[..., head, None], problem.candidates)
-            assignment, _ = self._heads(weights, once / np.maximum(counts, 1.0))
+                counts += presence(method[assignment[..., head, None]], problem.candidates)
+            shared = once / np.maximum(counts, 1.0)
+            assignment, _ = self._heads(weights, shared[..., method])
             new_cost = (problem.layer_totals(assignment, self.fisher) * w).sum(-1)
             better = new_cost < cost
             best = np.where(better[..., None], assignment, best)

@@ -79,7 +79,7 @@ def test_wrong_inputs_are_named() -> None:
     bound = torch.zeros(1, 8)
     with pytest.raises(ValueError, match="top must be at least 1 key, got 0"):
         token_selection.top_tokens(query, key, kv_head=(0, 0), low=bound, high=bound, top=0)
-    with pytest.raises(ValueError, match=r"low is \[1, 7\], want \[1, 8\]"):
+    with pytest.raises(ValueError, match=r"low and high are \[1, 8\] or \[1, 2, 8\], got \[1, 7\]"):
         token_selection.top_tokens(query, key, kv_head=(0, 0), low=bound[:, :7], high=bound, top=3)
 
 

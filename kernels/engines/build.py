@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (loads libgomp before our library asks for it)
 
-SOURCES = ("attention.cpp", "token_selection.cpp")
+SOURCES = ("attention.cpp", "token_selection.cpp", "tile_join.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),

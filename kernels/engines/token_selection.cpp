@@ -35,8 +35,10 @@ struct TopCall {
     const float* query;      // [batch, heads, queries, rank]
     const float* key;        // [batch, kv_heads, keys, rank]
     const int32_t* kv_head;  // [heads]
-    const int32_t* low;      // [batch, queries]
-    const int32_t* high;     // [batch, queries]
+    const int32_t* ranks;    // [heads], at most rank
+    const int32_t* tops;     // [heads], at most top
+    const int32_t* low;      // [batch, heads, queries]
+    const int32_t* high;     // [batch, heads, queries]
     int32_t* out;            // [batch, heads, queries, top]
 };
 
@@ -206,35 +208,38 @@ extern "C" int attnplan_top_tokens(const TopCall* call) {
             int64_t bh = item / groups, b = bh / c.heads, first_row = item % groups * R;
             int64_t count = std::min<int64_t>(R, c.queries - first_row);
             int64_t kv = b * c.kv_heads + c.kv_head[bh % c.heads];
+            int64_t rank = c.ranks[bh % c.heads], top = c.tops[bh % c.heads];
+            const int32_t *lows = c.low + bh * c.queries, *highs = c.high + bh * c.queries;
             const float* key = packed.data() + kv * c.rank * width;
             const float* rows[R];
             int64_t low = c.keys, high = 0;
             for (int64_t r = 0; r < R; r++) {
                 int64_t i = first_row + std::min(r, count - 1);
                 rows[r] = c.query + (bh * c.queries + i) * c.rank;
-                int64_t from = std::max(c.low[b * c.queries + i], 0);
-                int64_t to = std::min<int64_t>(c.high[b * c.queries + i], c.keys);
-                if (to - from > c.top) low = std::min(low, from), high = std::max(high, to);
+                int64_t from = std::max(lows[i], 0);
+                int64_t to = std::min<int64_t>(highs[i], c.keys);
+                if (to - from > top) low = std::min(low, from), high = std::max(high, to);
             }
             if (low < high)
-                score(rows, key, width, c.rank, low / W * W, (high + W - 1) / W * W,
+                score(rows, key, width, rank, low / W * W, (high + W - 1) / W * W,
                       s.score.data(), width);
             for (int64_t r = 0; r < count; r++) {
                 int64_t i = first_row + r;
-                int64_t from = std::max(c.low[b * c.queries + i], 0);
-                int64_t to = std::min<int64_t>(c.high[b * c.queries + i], c.keys);
+                int64_t from = std::max(lows[i], 0);
+                int64_t to = std::min<int64_t>(highs[i], c.keys);
                 int32_t* out = c.out + (bh * c.queries + i) * c.top;
                 int64_t n = std::max<int64_t>(to - from, 0);
-                if (n <= c.top) {
-                    for (int64_t t = 0; t < c.top; t++) out[t] = t < n ? (int32_t)(from + t) : -1;
+                for (int64_t t = top; t < c.top; t++) out[t] = -1;
+                if (n <= top) {
+                    for (int64_t t = 0; t < top; t++) out[t] = t < n ? (int32_t)(from + t) : -1;
                     continue;
                 }
                 int32_t* x = s.score.data() + r * width;
                 int64_t start = from / W * W, end = (to + W - 1) / W * W;
                 for (int64_t j = start; j < from; j++) x[j] = LOWEST;
                 for (int64_t j = to; j < end; j++) x[j] = LOWEST;
-                select(x + start, to - start, c.top, s, out);
-                for (int64_t t = 0; t < c.top; t++) out[t] += (int32_t)start;
+                select(x + start, to - start, top, s, out);
+                for (int64_t t = 0; t < top; t++) out[t] += (int32_t)start;
             }
         }
     }

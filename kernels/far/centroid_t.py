@@ -16,7 +16,7 @@ field); the absorption of the mean query and the metric are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -65,13 +65,13 @@ class CentroidT(Compressor):
         return start + outside.clamp(min=0) // self.chunk * self.chunk
 
     def far(
-        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: int
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
     ) -> tuple[Slots | None, TileList]:
-        start = torch.tensor(inputs.start, device=blocks.device)[:, None]
-        chunks = (floor - start) // self.chunk  # [batch, blocks]
+        start = torch.tensor(inputs.start, device=floor.device)[:, None, None]
+        chunks = (floor - start) // self.chunk  # [batch, heads, blocks]
         most = int(chunks.max())
         slots = self._cluster(inputs, most, sinks) if most else None
-        return slots, self._tiles(chunks * self.slots, len(inputs.head))
+        return slots, _slot_tiles(chunks * self.slots)
 
     def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
         row = torch.arange(shape.queries)
@@ -96,7 +96,7 @@ class CentroidT(Compressor):
             "centroid_t.metric": root.float(),
         }
 
-    def _cluster(self, inputs: Inputs, chunks: int, sinks: int) -> Slots:
+    def _cluster(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots:
         """Slots of the first `chunks` chunks, padded to whole tiles of 64."""
         heads = list(inputs.head)
         wide = torch.promote_types(inputs.key.dtype, torch.float32)
@@ -106,7 +106,8 @@ class CentroidT(Compressor):
 
         log_w = (key * mean[:, None, None]).sum(-1) * inputs.scale  # [batch, heads, chunks, chunk]
         position = torch.arange(chunks * self.chunk, device=key.device).view(chunks, self.chunk)
-        log_w = log_w.masked_fill(position < sinks, float("-inf"))
+        kept = torch.tensor(list(sinks), device=key.device)[:, None, None]
+        log_w = log_w.masked_fill(position < kept, float("-inf"))
         shift = log_w.amax(-1, keepdim=True)
         shift = torch.where(shift.isfinite(), shift, 0.0)
         weight = (log_w - shift).exp()
@@ -158,21 +159,20 @@ class CentroidT(Compressor):
             centre = torch.where(total > 0, moved, centre)  # an empty cluster stays where it is
         return member
 
-    def _tiles(self, visible: Tensor, heads: int) -> TileList:
-        """Slot tiles: a query block reads the first `visible[batch, block]` slots."""
-        batch, count = visible.shape
-        device = visible.device
-        tiles_per_row = -(-int(visible.max()) // BLOCK)
-        tile = torch.arange(tiles_per_row, device=device)
-        rest = visible[:, None, :, None].expand(batch, heads, count, 1) - tile * BLOCK
-        b, h, row, index = torch.nonzero(rest > 0, as_tuple=True)
-        left = rest[b, h, row, index]
-        mask = torch.where(left >= BLOCK, FULL, left)
-        tiles = torch.stack([torch.full_like(index, SLOTS), index, mask], dim=1)
-        # word n has the n lowest bits set
-        ramp = torch.arange(BLOCK, device=device)
-        words = tile_list.pack_bits(ramp[None, :] < ramp[:, None])
-        masks = words[:, None].expand(-1, BLOCK).contiguous()
-        gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=device)
-        rows = (b * heads + h) * count + row
-        return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)
+
+def _slot_tiles(visible: Tensor) -> TileList:
+    """Slot tiles: a query block reads the first `visible[batch, head, block]` slots."""
+    batch, heads, count = visible.shape
+    device = visible.device
+    tile = torch.arange(-(-int(visible.max()) // BLOCK), device=device)
+    rest = visible[..., None] - tile * BLOCK
+    b, h, row, index = torch.nonzero(rest > 0, as_tuple=True)
+    left = rest[b, h, row, index]
+    mask = torch.where(left >= BLOCK, FULL, left)
+    tiles = torch.stack([torch.full_like(index, SLOTS), index, mask], dim=1)
+    ramp = torch.arange(BLOCK, device=device)
+    words = tile_list.pack_bits(ramp[None, :] < ramp[:, None])  # word n has the n lowest bits set
+    masks = words[:, None].expand(-1, BLOCK).contiguous()
+    gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=device)
+    rows = (b * heads + h) * count + row
+    return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)

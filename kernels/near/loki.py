@@ -15,7 +15,7 @@ float32; ties go to the earlier key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -35,6 +35,7 @@ class Loki(Selector):
     """Keep sinks, a window, and the `top` other keys that score best in `rank` dimensions."""
 
     name: ClassVar[str] = "loki"
+    selects_together: ClassVar[bool] = True
     predictor: ClassVar[str] = "score_rank95"
 
     rank: int
@@ -59,9 +60,13 @@ class Loki(Selector):
                         yield cls(rank, top, window)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
-        tokens = self._tokens(inputs, blocks)
-        window = Window(self.window, self.sinks).near(inputs, blocks)
-        return tile_list.concat([window, pack_tokens(tokens, inputs.key.shape[2])])
+        return self.select([self] * len(inputs.head), inputs, blocks)
+
+    @classmethod
+    def select(cls, selectors: Sequence[Self], inputs: Inputs, blocks: Tensor) -> TileList:
+        windows = Window.select([Window(s.window, s.sinks) for s in selectors], inputs, blocks)
+        tokens = _tokens(selectors, inputs, blocks)
+        return tile_list.concat([windows, pack_tokens(tokens, inputs.key.shape[2])])
 
     def keep(self, inputs: Inputs) -> Tensor:
         query_map, key_map = self._maps(inputs)
@@ -104,18 +109,27 @@ class Loki(Selector):
         query_map = inputs.fitted_tensor("loki.query_map")[list(inputs.kv_head), :, : self.rank]
         return query_map, inputs.fitted_tensor("loki.key_map")[:, :, : self.rank]
 
-    def _tokens(self, inputs: Inputs, blocks: Tensor) -> Tensor:
-        query_map, key_map = self._maps(inputs)
-        query = inputs.rows(blocks).float() @ query_map
-        key = inputs.key.float() @ key_map
-        position = inputs.positions(blocks).flatten()  # -1 past the last query
-        start = torch.tensor(inputs.start, device=position.device)[:, None]
-        low = start + self.sinks
-        high = torch.where(position >= 0, position - self.window + 1, -1)
-        high = high.expand(len(inputs.start), -1)
-        return top_tokens(
-            query, key, kv_head=inputs.kv_head, low=low.expand_as(high), high=high, top=self.top
-        )
+
+def _tokens(selectors: Sequence[Loki], inputs: Inputs, blocks: Tensor) -> Tensor:
+    """The keys that every query of every head chooses; int32 [batch, heads, queries, most]."""
+    widest = max(selectors, key=lambda s: s.rank)
+    query_map, key_map = widest._maps(inputs)
+    position = inputs.positions(blocks).flatten()  # -1 past the last query
+    device = position.device
+    start = torch.tensor(inputs.start, device=device)[:, None, None]
+    sinks = torch.tensor([s.sinks for s in selectors], device=device)[:, None]
+    window = torch.tensor([s.window for s in selectors], device=device)[:, None]
+    high = torch.where(position >= 0, position - window + 1, -1)
+    low = (start + sinks).expand(len(inputs.start), -1, len(position))
+    return top_tokens(
+        inputs.rows(blocks).float() @ query_map,
+        inputs.key.float() @ key_map,
+        kv_head=inputs.kv_head,
+        low=low,
+        high=high.expand_as(low),
+        top=[s.top for s in selectors],
+        rank=[s.rank for s in selectors],
+    )
 
 
 def _root(gram: Tensor) -> Tensor:
