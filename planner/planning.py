@@ -215,8 +215,15 @@ class Planner:
             kv_bytes=np.ones(len(choices)),
             group=self.shape.group,
             latency=model,
+            cache_bytes=self._cache_bytes(),
             calibration=corrections.kl,
         )
+
+    def _cache_bytes(self) -> float:
+        """The dense KV cache of one sequence."""
+        shape, model = self.shape, self.loaded.model
+        values = 2 * self.loaded.identity.layers * shape.kv_heads * shape.keys * shape.head_dim
+        return float(values * model.dtype.itemsize)
 
     def _window(self, approximation: Approximation) -> int:
         """Nearest keys that a candidate always keeps."""
