@@ -95,6 +95,8 @@ def interleaved(
 
     `run` is called inside `context()`, whose entering and leaving are not timed.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
     with context():
         run()
     baseline()

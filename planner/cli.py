@@ -7,6 +7,7 @@ errors to standard error. Exit codes: 0 done, 1 a budget that cannot be met, 2 b
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (a
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Repeats = Annotated[int, typer.Option(help="Pairs of timed runs.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Pairs of timed runs.")]
 
 DATABASE = "sqlite:///attnplan.db"
 CAPTURES = Path(".attnplan")
@@ -90,8 +91,8 @@ def search(
     max_kl: Annotated[float | None, typer.Option(help="Nats per token.")] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="Perplexity over dense.")] = None,
     minimize: Annotated[str | None, typer.Option(help="kl, latency or memory.")] = None,
-    trials: Annotated[int, typer.Option(help="Trials of the Optuna study.")] = 16,
-    swaps: Annotated[int, typer.Option(help="Swaps that refinement may measure.")] = 8,
+    trials: Annotated[int, typer.Option(min=0, help="Trials of the Optuna study.")] = 16,
+    swaps: Annotated[int, typer.Option(min=0, help="Swaps that refinement may measure.")] = 8,
     context: Context = 2048,
     sequences: Sequences = 3,
     data: Data = "builtin",
@@ -122,6 +123,8 @@ def search(
         max_ppl_ratio=max_ppl_ratio,
         minimize=minimize,  # type: ignore[arg-type]
     )
+    if out.is_dir() or out.suffix == ".safetensors":
+        raise ValueError(f"{out}: --out names the YAML file of the plan")
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
@@ -190,7 +193,7 @@ def evaluate(
             advance=progress.advance,
         )
     if json_:
-        print(json.dumps(found))
+        _print_json(found)
     else:
         rows = [[key, _cell(value)] for key, value in found.items()]
         print_table("", ("measured", "value"), rows)
@@ -386,7 +389,7 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
             "solver_seconds": outcome.solver_seconds,
             "cost_model_error": outcome.costs.fit.mape,
         }
-        print(json.dumps(found))
+        _print_json(found)
         return
     print_table("Held-out text, and prefill measured beside dense", HEADERS, lines(rows))
     print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
@@ -449,6 +452,19 @@ def _print_profile(run: int, heads: Any) -> None:
         means = [sum(s[name] for s in of_layer) / len(of_layer) for name in shown]
         rows.append([str(layer), *(f"{value:.4g}" for value in means)])
     print_table(f"profile run {run}: mean over the heads of each layer", ("layer", *shown), rows)
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    """One object on standard output; what is not finite becomes null."""
+    print(json.dumps(_finite(found), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

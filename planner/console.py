@@ -106,7 +106,10 @@ def one_sentence() -> Iterator[None]:
         yield
     except BudgetError as error:
         leave(str(error), 1)
-    except (ValueError, OSError, DatabaseError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        leave(f"{error.filename}: {error.strerror}" if named else str(error), 2)
+    except (ValueError, DatabaseError) as error:
         leave(str(error), 2)
 
 

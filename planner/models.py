@@ -85,7 +85,9 @@ def load_weights(
 ) -> PreTrainedModel:
     """The model alone, in evaluation mode; see `load_model`."""
     source, options = _source(name)
-    if device_map is not None:
+    if device_map is None:
+        check_device(device)
+    else:
         options["device_map"] = device_map
     with _one_sentence(name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -116,6 +118,19 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises ValueError where a device is no CPU or GPU of this machine."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"no attention engine for device {device!r}; use cpu, cuda or cuda:N")
+    devices = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= devices:
+        raise ValueError(f"there is no device {str(device)!r}: this machine has {devices} GPUs")
 
 
 def check_context(identity: ModelIdentity, context: int) -> None:

@@ -364,7 +364,7 @@ def _search(planner: Planner) -> Outcome:
     corrections = Corrections()
     problem = planner.problem(corrections)
     budget = never_slower(request.budget, problem)
-    solve(problem, budget)  # a budget that is out of reach fails here
+    _check_reach(problem, budget, request.budget)
     solver_seconds = time.perf_counter() - began
     study = f"attnplan-{_study_digest(planner, problem, budget)}"
     key = records.SearchKey(
@@ -409,6 +409,22 @@ def _search(planner: Planner) -> Outcome:
         solver_seconds=solver_seconds,
         evaluations=len(planner.measured_kl),
     )
+
+
+def _check_reach(problem: Problem, budget: Budget, asked: Budget) -> None:
+    """Raises BudgetError where no assignment meets `budget`, in terms of what was asked for."""
+    try:
+        solve(problem, budget)
+    except BudgetError as error:
+        if error.resource != "latency_ms" or asked.max_latency is not None:
+            raise
+        dense_ms = problem.predict(problem.dense).latency_ms
+        raise BudgetError(
+            f"no plan within the budget is predicted to be faster than dense: the fastest needs "
+            f"{error.smallest:.4g} ms, dense {dense_ms:.4g} ms",
+            error.resource,
+            error.smallest,
+        ) from None
 
 
 def never_slower(budget: Budget, problem: Problem) -> Budget:
