@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from attnplan.evaluate import Reference, induction_accuracy, original
+from attnplan.evaluate import Reference, induction_accuracy, original, prefill_latency
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.profiles import records
 from attnplan.profiles.calibration import TokenSet
@@ -43,6 +44,10 @@ MARGIN = 0.95
 """Predicted latency of a plan must be below this share of dense: no plan may be slower."""
 STRIDE = 4
 """The study compares every fourth position; verification compares all."""
+CALIBRATIONS = 3
+"""Prefills of solved plans that the cost model is corrected by, at most."""
+CLOSE = 0.02
+"""A predicted prefill this close to the measured one needs no further correction."""
 ATTEMPTS = 5
 """Plans that are verified before a budget is given up."""
 
@@ -253,7 +258,7 @@ class Planner:
     def measure(self, assignment: Assignment, *, lengths: bool = True) -> Measured:
         """Everything about an assignment on held-out text and on the device; kept in the store."""
         conditions = {
-            "device": self.costs.device.digest,
+            **self._device_conditions(),
             "holdout": self.holdout.digest,
             "lengths": lengths,
             "repeats": self.request.repeats,
@@ -276,6 +281,28 @@ class Planner:
             self.store.save_measurement(key, found.as_dict())
             return found
         return Measured.from_dict(values)
+
+    def prefill(self, assignment: Assignment) -> tuple[float, float]:
+        """Measured prefill times (plan, dense) in ms of an assignment; kept in the store."""
+        conditions = {**self._device_conditions(), "repeats": self.request.repeats}
+        key = self._key("prefill", assignment, conditions)
+        values = self.store.load_measurement(key)
+        if values is None:
+            layers = self.layers(assignment)
+            timing = prefill_latency(
+                self.loaded.model,
+                lambda: running(self.loaded.model, layers, self.fitted),
+                self.work.tokens.tokens[0],
+                repeats=self.request.repeats,
+            )
+            values = {"plan_ms": timing.median_ms, "dense_ms": timing.dense_ms}
+            self.store.save_measurement(key, values)
+        return float(values["plan_ms"]), float(values["dense_ms"])
+
+    def _device_conditions(self) -> dict[str, Any]:
+        """What a time depends on."""
+        engine = engine_digest(self.loaded.model.device.type)
+        return {"device": self.costs.device.digest, "engine": engine}
 
     def induction_dense(self) -> float:
         """What the original model copies; measured once."""
@@ -364,8 +391,11 @@ def _search(planner: Planner) -> Outcome:
     corrections = Corrections()
     problem = planner.problem(corrections)
     budget = never_slower(request.budget, problem)
-    _check_reach(problem, budget, request.budget)
+    first = _first(problem, budget, request.budget)
     solver_seconds = time.perf_counter() - began
+    progress.stage("Calibrating latency", CALIBRATIONS)
+    corrections = _calibrated(planner, corrections, first, budget)
+    problem = planner.problem(corrections)
     study = f"attnplan-{_study_digest(planner, problem, budget)}"
     key = records.SearchKey(
         planner.run.id, planner.costs.device, request.budget.canonical(), request.seed
@@ -411,10 +441,10 @@ def _search(planner: Planner) -> Outcome:
     )
 
 
-def _check_reach(problem: Problem, budget: Budget, asked: Budget) -> None:
-    """Raises BudgetError where no assignment meets `budget`, in terms of what was asked for."""
+def _first(problem: Problem, budget: Budget, asked: Budget) -> Assignment:
+    """The solver's answer; where nothing meets `budget`, says so in terms of what was asked for."""
     try:
-        solve(problem, budget)
+        return solve(problem, budget).assignment
     except BudgetError as error:
         if error.resource != "latency_ms" or asked.max_latency is not None:
             raise
@@ -425,6 +455,25 @@ def _check_reach(problem: Problem, budget: Budget, asked: Budget) -> None:
             error.resource,
             error.smallest,
         ) from None
+
+
+def _calibrated(
+    planner: Planner, corrections: Corrections, assignment: Assignment, budget: Budget
+) -> Corrections:
+    """The cost model corrected by the prefill that the solver's own answers really take."""
+    for _ in range(CALIBRATIONS):
+        planner.progress.advance()
+        problem = planner.problem(corrections)
+        plan_ms, dense_ms = planner.prefill(assignment)
+        here = plan_ms * problem.predict(problem.dense).latency_ms / dense_ms
+        off = here / problem.predict(assignment).latency_ms
+        corrections = replace(
+            corrections, ms=corrections.ms * problem.latency.factor(assignment, here)
+        )
+        if abs(off - 1) < CLOSE:
+            break
+        assignment = solve(planner.problem(corrections), budget).assignment
+    return corrections
 
 
 def never_slower(budget: Budget, problem: Problem) -> Budget:
@@ -493,7 +542,7 @@ def _study_digest(planner: Planner, problem: Problem, budget: Budget) -> str:
             planner.request.seed,
             list(problem.names),
             problem.fisher.tolist(),
-            problem.latency.head_ms.tolist(),
+            problem.latency.head_ms.round(3).tolist(),
         ]
     )[:24]
 
