@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -391,10 +393,11 @@ def _search(planner: Planner) -> Outcome:
     corrections = Corrections()
     problem = planner.problem(corrections)
     budget = never_slower(request.budget, problem)
-    first = _first(problem, budget, request.budget)
-    solver_seconds = time.perf_counter() - began
-    progress.stage("Calibrating latency", CALIBRATIONS)
-    corrections = _calibrated(planner, corrections, first, budget)
+    with _told(problem, request.budget):
+        first = solve(problem, budget).assignment
+        solver_seconds = time.perf_counter() - began
+        progress.stage("Calibrating latency", CALIBRATIONS)
+        corrections = _calibrated(planner, corrections, first, budget)
     problem = planner.problem(corrections)
     study = f"attnplan-{_study_digest(planner, problem, budget)}"
     key = records.SearchKey(
@@ -406,9 +409,11 @@ def _search(planner: Planner) -> Outcome:
     for attempt in range(ATTEMPTS):
         problem = planner.problem(corrections)
         try:
-            best = _best(planner, problem, budget, study if attempt == 0 else None)
+            with _told(problem, request.budget):
+                best = _best(planner, problem, budget, study if attempt == 0 else None)
         except BudgetError:
             if attempt == 0:
+                store.finish_search(search.id, "infeasible", {"attempts": []})
                 raise
             break  # corrected by what was measured, the budget is out of reach
         progress.stage(f"Verifying plan {attempt + 1}", None)
@@ -441,10 +446,11 @@ def _search(planner: Planner) -> Outcome:
     )
 
 
-def _first(problem: Problem, budget: Budget, asked: Budget) -> Assignment:
-    """The solver's answer; where nothing meets `budget`, says so in terms of what was asked for."""
+@contextmanager
+def _told(problem: Problem, asked: Budget) -> Iterator[None]:
+    """Says that a budget is out of reach in terms of what was asked for."""
     try:
-        return solve(problem, budget).assignment
+        yield
     except BudgetError as error:
         if error.resource != "latency_ms" or asked.max_latency is not None:
             raise
