@@ -7,6 +7,7 @@ repeated once. Speed is the median of interleaved runs of the whole prefill.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from attnplan.kernels.benchmark import Timing, interleaved
 from attnplan.profiles.capture import logits_of
+from attnplan.search.evaluation import finite_kl
 
 CHUNK = 512
 """Positions whose logits are held at once."""
@@ -78,6 +80,8 @@ class Reference:
     def compare(self, applied: Applied, index: int, stride: int = 1) -> tuple[float, float, float]:
         """Mean KL and mean log-losses (planned, original) of one sequence.
 
+        What is not finite, because something overflowed, is BROKEN_KL.
+
         Args:
             applied: a context in which the model runs under the plan.
             index: which sequence.
@@ -100,7 +104,7 @@ class Reference:
                 losses = [-x.gather(1, target).double().sum().cpu() for x in (q, p)]
                 kl = ((p - q) * p.exp()).sum(-1).double().sum().cpu()
                 sums += torch.stack([kl, *losses])
-        kl, planned_loss, original_loss = (sums / len(compared)).tolist()
+        kl, planned_loss, original_loss = map(finite_kl, (sums / len(compared)).tolist())
         return kl, planned_loss, original_loss
 
     def quality(self, applied: Applied, progress: Callable[[], None] = lambda: None) -> Quality:
@@ -115,8 +119,8 @@ class Reference:
         return Quality(
             statistics.fmean(kls),
             spread,
-            float(torch.tensor(statistics.fmean(planned)).exp()),
-            float(torch.tensor(statistics.fmean(original)).exp()),
+            math.exp(statistics.fmean(planned)),
+            math.exp(statistics.fmean(original)),
             count * (self.sequences.shape[1] - 1),
             tuple(kls),
         )

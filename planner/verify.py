@@ -14,6 +14,7 @@ from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.patch import patch_assignment, unpatch
 from attnplan.plan import Fitted
 from attnplan.search.budget import Budget
+from attnplan.search.evaluation import BROKEN_KL
 
 INDUCTION_LOSS = 0.03
 """A plan may copy at most this much less of a repeated random string than the original."""
@@ -176,6 +177,8 @@ def crossover(speedups: dict[int, float]) -> int | None:
 def misses(measured: Measured, budget: Budget) -> list[str]:
     """What a measured plan breaks, one sentence each; empty when it is feasible."""
     found = []
+    if max(measured.quality.kl_by_sequence) >= BROKEN_KL:
+        found.append("outputs are not finite")
     if budget.max_density is not None and measured.density > budget.max_density * (1 + 1e-9):
         found.append(f"density {measured.density:.3f} is above {budget.max_density:g}")
     if budget.max_kl is not None and measured.quality.kl_per_token > budget.max_kl:
