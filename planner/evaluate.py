@@ -104,8 +104,8 @@ class Reference:
                 losses = [-x.gather(1, target).double().sum().cpu() for x in (q, p)]
                 kl = ((p - q) * p.exp()).sum(-1).double().sum().cpu()
                 sums += torch.stack([kl, *losses])
-        kl, planned_loss, original_loss = map(finite_kl, (sums / len(compared)).tolist())
-        return kl, planned_loss, original_loss
+        means = (sums / len(compared)).tolist()
+        return finite_kl(means[0]), finite_kl(means[1]), finite_kl(means[2])
 
     def quality(self, applied: Applied, progress: Callable[[], None] = lambda: None) -> Quality:
         """Compare on all sequences and positions; `progress` is called after each sequence."""
