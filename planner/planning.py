@@ -42,8 +42,8 @@ from attnplan.verify import INDUCTION_LOSS, Layers, Measured, measure, misses, r
 
 COPYING = 0.1
 """Weight of the repeated random string among the scores; raised when the induction gate fails."""
-MARGIN = 0.95
-"""Predicted latency of a plan must be below this share of dense: no plan may be slower."""
+MARGIN = 0.75
+"""Attention under a plan must be predicted below this share of dense: no plan may be slower."""
 STRIDE = 4
 """The study compares every fourth position; verification compares all."""
 CALIBRATIONS = 3
@@ -484,8 +484,9 @@ def _calibrated(
 
 def never_slower(budget: Budget, problem: Problem) -> Budget:
     """The budget with a latency limit below dense, whatever else it says."""
-    limit = Limit(MARGIN, "x")
     dense_ms = problem.predict(problem.dense).latency_ms
+    attention_ms = dense_ms - problem.latency.rest_ms
+    limit = Limit(1 - (1 - MARGIN) * attention_ms / dense_ms, "x")
     if budget.max_latency is not None:
         limit = min(limit, budget.max_latency, key=lambda each: each.of(dense_ms))
     return replace(budget, max_latency=limit, minimize=budget.objective)

@@ -18,7 +18,7 @@ from attnplan.search.evaluation import BROKEN_KL
 
 INDUCTION_LOSS = 0.03
 """A plan may copy at most this much less of a repeated random string than the original."""
-FASTER = 1.02
+FASTER = 1.03
 """A plan must beat dense by this factor at a length to be used there."""
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536)
 
