@@ -10,6 +10,7 @@ import torch
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import AttentionShape
+from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.plan import Plan, PlanError
 from attnplan.profiles.database import Store
@@ -101,13 +102,10 @@ def timing_rows(
     density = {catalog.key(a): a.density(shape) for a in catalog.choices(shape)}
     dense_ms = costs.fit.model.dense_layer_ms
     rows = []
-    for timing in store.load_timings(costs.device):
-        mine = (timing.dtype, timing.queries, timing.keys, timing.head_dim) == (
-            dtype,
-            shape.queries,
-            shape.keys,
-            shape.head_dim,
-        )
+    wanted = (dtype, shape.heads, shape.kv_heads, shape.queries, shape.keys, shape.head_dim)
+    for timing in store.load_timings(costs.device, engine_digest(costs.device.kind)):
+        sizes = (timing.heads, timing.kv_heads, timing.queries, timing.keys, timing.head_dim)
+        mine = (timing.dtype, *sizes) == wanted
         counts = parse(timing.approximation, names) if mine else None
         if counts is None or SEPARATOR in timing.approximation:
             continue

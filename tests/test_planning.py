@@ -14,6 +14,7 @@ import torch
 from tests import tiny_model
 
 from attnplan.evaluate import Quality, Reference
+from attnplan.explain import timing_rows
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.window import Window
@@ -229,6 +230,19 @@ def test_timings_are_named_by_what_the_heads_run() -> None:
     assert spell([NARROW, DENSE, NARROW]) == spell([NARROW, NARROW, DENSE])
     assert parse(spell([NARROW, DENSE, NARROW]), names) == [1, 2]
     assert parse(spell([Approximation(Window(99))]), names) is None
+
+
+def test_timings_of_other_engines_and_sizes_are_not_shown(job: Job, success: Outcome) -> None:
+    costs = success.costs
+    with Store(job.url) as store:
+        headers, before = timing_rows(store, job.loaded, costs, job.shape)
+        timing = store.load_timings(costs.device)[0]
+        others = [replace(timing, engine="an old one"), replace(timing, heads=8, kv_heads=4)]
+        store.save_timings(costs.device, others)
+        _, after = timing_rows(store, job.loaded, costs, job.shape)
+    names = [row[0] for row in after]
+    assert after == before and len(set(names)) == len(names) == len(candidates(job.shape))
+    assert all(len(row) == len(headers) for row in after)
 
 
 # Gates
