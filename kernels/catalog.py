@@ -21,13 +21,14 @@ from attnplan.kernels.approximation import (
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.dense import Dense
+from attnplan.kernels.near.global_window import GlobalWindow
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.vertical_slash import VerticalSlash
 from attnplan.kernels.near.window import Window
 
 NEAR: dict[str, type[Selector]] = {
-    cls.name: cls for cls in (Dense, Window, Strided, VerticalSlash, BlockTopK, Loki)
+    cls.name: cls for cls in (Dense, Window, GlobalWindow, Strided, VerticalSlash, BlockTopK, Loki)
 }
 FAR: dict[str, type[Compressor]] = {cls.name: cls for cls in (CentroidT,)}
 DENSE = Approximation(Dense())
