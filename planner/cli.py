@@ -393,6 +393,7 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
         return
     print_table("Held-out text, and prefill measured beside dense", HEADERS, lines(rows))
     print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
+    print(f"solver: {outcome.solver_seconds:.2f} s from the stored scores to its first answer")
     if outcome.plan is not None:
         print(f"plan: {out}")
 
