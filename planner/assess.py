@@ -13,6 +13,7 @@ from attnplan.kernels.approximation import AttentionShape
 from attnplan.models import LoadedModel
 from attnplan.patch import applied, patched_stats
 from attnplan.plan import Plan
+from attnplan.profiling import COPIED
 from attnplan.runtime import PLANNED
 from attnplan.verify import density
 
@@ -60,9 +61,10 @@ def assess(
     quality = Reference(model, sequences).quality(planned, lambda: advance("held-out text"))
     planned_layers = ran[0]
     advance("induction")
+    length = induction_length(plan, context)
     copied = {
-        "plan": induction_accuracy(model, planned, length=context, seed=seed),
-        "dense": induction_accuracy(model, original, length=context, seed=seed),
+        "plan": induction_accuracy(model, planned, length=length, seed=seed),
+        "dense": induction_accuracy(model, original, length=length, seed=seed),
     }
     advance("prefill")
     text = sequences[0]
@@ -82,6 +84,12 @@ def assess(
         "induction_accuracy": copied,
         "planned_layers": planned_layers,
     }
+
+
+def induction_length(plan: Plan | None, context: int) -> int:
+    """A string short enough to be copied, and long enough for the plan to run on it."""
+    first = min((s.context[0] for s in plan.prefill), default=1) if plan is not None else 1
+    return min(context, max(COPIED, first))
 
 
 def _density(loaded: LoadedModel, plan: Plan | None, context: int) -> float:

@@ -312,7 +312,7 @@ class Planner:
         values = self.store.load_measurement(key)
         if values is None:
             accuracy = induction_accuracy(
-                self.loaded.model, original, length=self.work.context, seed=self.request.seed
+                self.loaded.model, original, length=self.work.string, seed=self.request.seed
             )
             values = {"accuracy": accuracy}
             self.store.save_measurement(key, values)

@@ -26,8 +26,10 @@ from attnplan.profiles.digest import digest
 from attnplan.profiles.head_profile import finalise
 from attnplan.profiles.layer_statistics import LayerStatistics, measure_layers, merge_all, moments
 
-VERSION = 1
+VERSION = 2
 """Of what a profile measures; a new one makes new runs."""
+COPIED = 2048
+"""Longest repeated random string: small models cannot copy much longer ones at all."""
 
 Advance = Callable[[str], None]
 """Called after every unit of work, with what comes next."""
@@ -57,11 +59,16 @@ class Workload:
     def texts(self) -> int:
         return int(self.tokens.tokens.shape[0])
 
+    @property
+    def string(self) -> int:
+        """Length of the repeated random string."""
+        return min(self.context, COPIED)
+
     def text(self, index: int, vocabulary: int) -> Tensor:
         """Calibration text `index`; the one after the last is the repeated random string."""
         if index < self.texts:
             return self.tokens.tokens[index]
-        return repeated_string(self.context, vocabulary, self.seed)
+        return repeated_string(self.string, vocabulary, self.seed)
 
 
 def repeated_string(length: int, vocabulary: int, seed: int) -> Tensor:

@@ -131,8 +131,8 @@ def _blocks(work: Workload, text: int) -> Tensor:
     """Query blocks to compare on: spread over a text, in the copy of the repeated string."""
     if text < work.texts:
         return sampled_blocks(work.context, BLOCKS, work.seed + text)
-    half = work.context // 2 // BLOCK
-    blocks = sampled_blocks(work.context - half * BLOCK, BLOCKS // 2, work.seed + text)
+    half = work.string // 2 // BLOCK
+    blocks = sampled_blocks(work.string - half * BLOCK, BLOCKS // 2, work.seed + text)
     return torch.unique(blocks + half)
 
 

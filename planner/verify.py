@@ -13,6 +13,7 @@ from attnplan.evaluate import Quality, Reference, induction_accuracy, prefill_la
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.patch import patch_assignment, unpatch
 from attnplan.plan import Fitted
+from attnplan.profiling import COPIED
 from attnplan.search.budget import Budget
 from attnplan.search.evaluation import BROKEN_KL
 
@@ -124,7 +125,7 @@ def measure(
     advance("held-out text")
     quality = reference.quality(applied)
     advance("induction")
-    copied = induction_accuracy(model, applied, length=context, seed=seed)
+    copied = induction_accuracy(model, applied, length=min(context, COPIED), seed=seed)
     advance(f"prefill of {context}")
     text = reference.sequences[0]
     timing = prefill_latency(model, applied, text, repeats=repeats)
