@@ -42,6 +42,8 @@ from attnplan.verify import INDUCTION_LOSS, Layers, Measured, measure, misses, r
 
 COPYING = 0.1
 """Weight of the repeated random string among the scores; raised when the induction gate fails."""
+HELD_OUT = 1.15
+"""How much more a plan is expected to lose on held-out than on calibration text."""
 MARGIN = 0.75
 """Attention under a plan must be predicted below this share of dense: no plan may be slower."""
 STRIDE = 4
@@ -120,13 +122,22 @@ class Corrections:
 
     Attributes:
         copying: weight of the repeated random string among the scores.
-        kl: measured over predicted KL, where KL is bounded.
+        kl: by what a limit on KL is divided, so that held-out text keeps it: a plan that is
+            chosen by its KL on calibration text loses more on other text.
         ms: measured over predicted time of mixed layers.
     """
 
     copying: float = COPYING
-    kl: float = 1.0
+    kl: float = HELD_OUT
     ms: float = 1.0
+
+    def tightened(self, budget: Budget) -> Budget:
+        """The budget with limits on KL that leave room for held-out text."""
+        if budget.max_kl is not None:
+            budget = replace(budget, max_kl=budget.max_kl / self.kl)
+        if budget.max_ppl_ratio is not None:
+            budget = replace(budget, max_ppl_ratio=budget.max_ppl_ratio ** (1 / self.kl))
+        return budget
 
     def learn(
         self, choice: Choice, assignment: Assignment, problem: Problem, budget: Budget
@@ -143,7 +154,7 @@ class Corrections:
             loss = math.log(max(measured.quality.perplexity_ratio, 1.0))
             excess = max(excess, loss / math.log(budget.max_ppl_ratio))
         if excess > 1:
-            learnt = replace(learnt, kl=learnt.kl * excess * 1.05)
+            learnt = replace(learnt, kl=learnt.kl * excess * 1.1)
         limit = budget.max_latency
         late = limit is not None and measured.latency_ms > limit.of(measured.dense_ms)
         if late or measured.crossover is None:
@@ -223,7 +234,6 @@ class Planner:
             group=self.shape.group,
             latency=model,
             cache_bytes=self._cache_bytes(),
-            calibration=corrections.kl,
         )
 
     def _cache_bytes(self) -> float:
