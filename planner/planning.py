@@ -409,7 +409,7 @@ def _search(planner: Planner) -> Outcome:
         progress.stage("Calibrating latency", CALIBRATIONS)
         corrections = _calibrated(planner, corrections, first, budget)
     problem = planner.problem(corrections)
-    study = f"attnplan-{_study_digest(planner, problem, budget)}"
+    study = f"attnplan-{_study_digest(planner, problem, corrections.tightened(budget))}"
     key = records.SearchKey(
         planner.run.id, planner.costs.device, request.budget.canonical(), request.seed
     )
@@ -418,9 +418,10 @@ def _search(planner: Planner) -> Outcome:
     attempts: list[Choice] = []
     for attempt in range(ATTEMPTS):
         problem = planner.problem(corrections)
+        within = corrections.tightened(budget)
         try:
             with _told(problem, request.budget):
-                best = _best(planner, problem, budget, study if attempt == 0 else None)
+                best = _best(planner, problem, within, study if attempt == 0 else None)
         except BudgetError:
             if attempt == 0:
                 store.finish_search(search.id, "infeasible", {"attempts": []})
