@@ -416,3 +416,11 @@ def test_a_failure_makes_no_plan(job: Job, success: Outcome) -> None:
     for failed in (replace(success, plan=None), replace(success, plan=slow)):
         with pytest.raises(ValueError, match="found no plan within its budget"):
             to_plan(job.loaded, failed, job.work, job.holdout, Budget(max_density=0.5))
+
+
+def test_limits_on_kl_leave_room_for_held_out_text() -> None:
+    corrections = Corrections(kl=2.0)
+    assert corrections.tightened(Budget(max_kl=0.02)).max_kl == pytest.approx(0.01)
+    assert corrections.tightened(Budget(max_ppl_ratio=1.21)).max_ppl_ratio == pytest.approx(1.1)
+    density = Budget(max_density=0.25)
+    assert corrections.tightened(density) == density
