@@ -318,7 +318,7 @@ class Planner:
 
     def induction_dense(self) -> float:
         """What the original model copies; measured once."""
-        key = self._key("induction", None, {"seed": self.request.seed})
+        key = self._key("induction", None, {"seed": self.request.seed, "length": self.work.string})
         values = self.store.load_measurement(key)
         if values is None:
             accuracy = induction_accuracy(
