@@ -546,7 +546,7 @@ def stop_when(
     process: subprocess.Popen[str], database: Path, statement: str, how: signal.Signals
 ) -> str:
     """Send a signal as soon as a query has a row; what the process printed on standard error."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 500  # a starved machine takes long to start a process
     while process.poll() is None and time.monotonic() < until:
         if answer(database, statement):
             break
