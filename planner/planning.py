@@ -48,6 +48,8 @@ MARGIN = 0.75
 """Attention under a plan must be predicted below this share of dense: no plan may be slower."""
 STRIDE = 4
 """The study compares every fourth position; verification compares all."""
+MEASURED_MARGIN = 0.85
+"""The same, once the prediction is corrected by a plan that was verified."""
 CALIBRATIONS = 3
 """Prefills of solved plans that the cost model is corrected by, at most."""
 CLOSE = 0.02
@@ -125,11 +127,13 @@ class Corrections:
         kl: by what a limit on KL is divided, so that held-out text keeps it: a plan that is
             chosen by its KL on calibration text loses more on other text.
         ms: measured over predicted time of mixed layers.
+        margin: what attention may take of dense, as predicted; wider once a plan was measured.
     """
 
     copying: float = COPYING
     kl: float = HELD_OUT
     ms: float = 1.0
+    margin: float = MARGIN
 
     def tightened(self, budget: Budget) -> Budget:
         """The budget with limits on KL that leave room for held-out text."""
@@ -160,7 +164,8 @@ class Corrections:
         if late or measured.crossover is None:
             dense_ms = problem.predict(problem.dense).latency_ms
             here = measured.latency_ms * dense_ms / measured.dense_ms
-            learnt = replace(learnt, ms=learnt.ms * problem.latency.factor(assignment, here) * 1.02)
+            ms = learnt.ms * problem.latency.factor(assignment, here)
+            learnt = replace(learnt, ms=ms, margin=MEASURED_MARGIN)
         return learnt
 
 
@@ -409,7 +414,7 @@ def _search(planner: Planner) -> Outcome:
         progress.stage("Calibrating latency", CALIBRATIONS)
         corrections = _calibrated(planner, corrections, first, budget)
     problem = planner.problem(corrections)
-    study = f"attnplan-{_study_digest(planner, problem, corrections.tightened(budget))}"
+    study = _study_name(planner, problem, corrections.tightened(budget))
     key = records.SearchKey(
         planner.run.id, planner.costs.device, request.budget.canonical(), request.seed
     )
@@ -418,10 +423,11 @@ def _search(planner: Planner) -> Outcome:
     attempts: list[Choice] = []
     for attempt in range(ATTEMPTS):
         problem = planner.problem(corrections)
-        within = corrections.tightened(budget)
+        within = corrections.tightened(never_slower(request.budget, problem, corrections.margin))
+        trials = request.trials if attempt == 0 else -(-request.trials // 2)
         try:
             with _told(problem, request.budget):
-                best = _best(planner, problem, within, study if attempt == 0 else None)
+                best = _best(planner, problem, within, trials)
         except BudgetError:
             if attempt == 0:
                 store.finish_search(search.id, "infeasible", {"attempts": []})
@@ -493,31 +499,31 @@ def _calibrated(
     return corrections
 
 
-def never_slower(budget: Budget, problem: Problem) -> Budget:
+def never_slower(budget: Budget, problem: Problem, margin: float = MARGIN) -> Budget:
     """The budget with a latency limit below dense, whatever else it says."""
     dense_ms = problem.predict(problem.dense).latency_ms
     attention_ms = dense_ms - problem.latency.rest_ms
-    limit = Limit(1 - (1 - MARGIN) * attention_ms / dense_ms, "x")
+    limit = Limit(1 - (1 - margin) * attention_ms / dense_ms, "x")
     if budget.max_latency is not None:
         limit = min(limit, budget.max_latency, key=lambda each: each.of(dense_ms))
     return replace(budget, max_latency=limit, minimize=budget.objective)
 
 
-def _best(planner: Planner, problem: Problem, budget: Budget, study: str | None) -> Evaluated:
+def _best(planner: Planner, problem: Problem, budget: Budget, trials: int) -> Evaluated:
     """The best assignment by measured KL on the calibration texts."""
     request, progress = planner.request, planner.progress
     steps = planner.work.texts
-    if study is not None and request.trials > 0:
-        progress.stage("Searching", request.trials)
+    if trials > 0:
+        progress.stage("Searching", trials)
         warm = [s.assignment for s in front(problem, points=16) if _within(s, problem, budget)]
         result = run_study(
             problem,
             budget,
             planner.evaluate,
             steps=steps,
-            trials=request.trials,
+            trials=trials,
             storage_url=planner.database,
-            study_name=study,
+            study_name=_study_name(planner, problem, budget),
             seed=request.seed,
             warm_start=[solve(problem, budget).assignment, *warm[:1]],
             progress=lambda done, total, kl: progress.advance(
@@ -550,9 +556,9 @@ def _within(solution: Solution, problem: Problem, budget: Budget) -> bool:
     return meets(solution.prediction, limits_of(problem, budget))
 
 
-def _study_digest(planner: Planner, problem: Problem, budget: Budget) -> str:
-    """Of everything that a study's trials depend on."""
-    return digest(
+def _study_name(planner: Planner, problem: Problem, budget: Budget) -> str:
+    """Unique for everything that a study's trials depend on."""
+    found = digest(
         [
             planner.run.id,
             planner.costs.device.digest,
@@ -562,7 +568,8 @@ def _study_digest(planner: Planner, problem: Problem, budget: Budget) -> str:
             problem.fisher.tolist(),
             problem.latency.head_ms.round(3).tolist(),
         ]
-    )[:24]
+    )
+    return f"attnplan-{found[:24]}"
 
 
 def _measured(planner: Planner, name: str, assignment: Assignment, problem: Problem) -> Choice:
