@@ -173,6 +173,11 @@ class FlowList(list[Any]):
     """A list that is written on one line."""
 
 
+def _style(text: str) -> str | None:
+    """Double quotes where YAML would read a line break of Unicode as one of its own."""
+    return '"' if any(mark in text for mark in "\x85\u2028\u2029\ufeff") else None
+
+
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -180,6 +185,9 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(
     Flow, lambda d, data: d.represent_mapping("tag:yaml.org,2002:map", data.items(), True)
+)
+_Dumper.add_representer(
+    str, lambda d, text: d.represent_scalar("tag:yaml.org,2002:str", text, _style(text))
 )
 _Dumper.add_representer(
     FlowList, lambda d, data: d.represent_sequence("tag:yaml.org,2002:seq", data, True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,6 +91,9 @@ evidence = st.dictionaries(
         max_size=LAYERS,
     ),
     evidence=evidence,
+)
+@example(
+    rows=ROWS, evidence={"\x85": None, "a\u2028b": "\u2029", "c": ["\ufeff", "d\x85", "\x7f\x00"]}
 )
 def test_every_plan_survives_its_file(
     tmp_path: Path, rows: list[list[Approximation]], evidence: dict[str, Any]
