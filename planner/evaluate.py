@@ -195,7 +195,8 @@ def kv_bytes(model: Any, applied: Applied, tokens: Tensor) -> int:
     """Bytes that the cache holds after a prefill, counted from tensor storage."""
     device = model.get_input_embeddings().weight.device
     with applied():
-        cache = _prefill(model, tokens[None].to(device)).past_key_values
+        output = _prefill(model, tokens[None].to(device))
+    cache = output["cache" if "cache" in output else "past_key_values"]  # renamed in 5.24
     stored: dict[int, int] = {}
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):

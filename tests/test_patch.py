@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,6 +101,8 @@ def padded(length: int = 150, pad: int = 70) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    if "cache" in options and "cache" not in inspect.signature(model.forward).parameters:
+        options["past_key_values"] = options.pop("cache")  # its name before transformers 5.24
     output: Tensor = model(input_ids=ids, **options).logits
     return output
 
@@ -230,7 +233,7 @@ def test_continuing_a_cache_is_dense(model: PreTrainedModel) -> None:
     patch(model, plan_for(model))
     cache = DynamicCache(config=model.config)
     chunks = [
-        logits(model, chunk, past_key_values=cache, use_cache=True)
+        logits(model, chunk, cache=cache, use_cache=True)
         for chunk in ids.split([64, 80, 6], 1)
     ]
     assert ran(model, CONTINUED) == [2, 2]
@@ -238,7 +241,7 @@ def test_continuing_a_cache_is_dense(model: PreTrainedModel) -> None:
     unpatch(model)
     cache = DynamicCache(config=model.config)
     for chunk, ours in zip(ids.split([64, 80, 6], 1), chunks, strict=True):
-        assert close(ours, logits(model, chunk, past_key_values=cache, use_cache=True))
+        assert close(ours, logits(model, chunk, cache=cache, use_cache=True))
 
 
 def test_outside_its_contexts_a_plan_is_dense_to_the_bit(model: PreTrainedModel) -> None:
