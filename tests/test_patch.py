@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -233,8 +233,7 @@ def test_continuing_a_cache_is_dense(model: PreTrainedModel) -> None:
     patch(model, plan_for(model))
     cache = DynamicCache(config=model.config)
     chunks = [
-        logits(model, chunk, cache=cache, use_cache=True)
-        for chunk in ids.split([64, 80, 6], 1)
+        logits(model, chunk, cache=cache, use_cache=True) for chunk in ids.split([64, 80, 6], 1)
     ]
     assert ran(model, CONTINUED) == [2, 2]
     assert ran(model, PLANNED) == [1, 1]
