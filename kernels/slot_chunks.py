@@ -1,0 +1,231 @@
+"""Far fields by chunks: every complete chunk of far keys becomes a few slots.
+
+A query block reads the slots of the complete chunks that lie before its window; the keys between
+them and the window stay near, so no slot summarises a key that a query must not see. With a mean
+query m, e^{s q.k} = e^{s (q-m).k} e^{s m.k}: the second factor is a weight W that no longer depends
+on the query. A compressor makes slots of weighted keys; their log-weight takes the factor back.
+
+    sum_j e^{s q.k_j} v_j  =  sum_j W_j e^{s (q-m).k_j} v_j  ~  sum_c e^{s (q-m).k_c} u_c
+                           =  sum_c e^{s q.k_c + b_c} u_c      with b_c = -s m.k_c
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels import tile_list
+from attnplan.kernels.approximation import (
+    AttentionShape,
+    Compressor,
+    Cost,
+    Inputs,
+    Slots,
+)
+from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TileList
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The far keys of some heads, by chunk.
+
+    Attributes:
+        key: [batch, heads, chunks, chunk, head_dim], float32 or float64.
+        value: [batch, heads, chunks, chunk, value_dim].
+        weight: [batch, heads, chunks, chunk], W relative to the largest of the chunk; 0 for a key
+            that is not to be summarised.
+        head: for each of `heads`, its index in the layer.
+        scale: factor before the softmax.
+    """
+
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    head: tuple[int, ...]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Slots of every chunk, relative to the mean query and to the chunk's largest weight.
+
+    Attributes:
+        key: [batch, heads, chunks, slots, head_dim].
+        weight: [batch, heads, chunks, slots]; a slot of weight 0 is left out.
+        value: [batch, heads, chunks, slots, value_dim], not normalised.
+        log_scale: [batch, heads, chunks, slots] or None for 0; e^log_scale multiplies weight and
+            value where their range would not hold it.
+    """
+
+    key: Tensor
+    weight: Tensor
+    value: Tensor
+    log_scale: Tensor | None = None
+
+
+class ChunkCompressor(Compressor):
+    """A compressor that turns every chunk of `chunk` keys into `slots` slots."""
+
+    chunk: int
+    slots: int
+    mean_name: ClassVar[str | None] = None
+    """Fitted mean queries [heads, head_dim] to take out of the scores; None for none."""
+
+    def __post_init__(self) -> None:
+        if self.chunk < BLOCK:
+            raise ValueError(f"chunk must be at least {BLOCK} keys, got {self.chunk}")
+        if not 1 <= self.slots <= self.chunk:
+            raise ValueError(f"slots must be between 1 and chunk {self.chunk}, got {self.slots}")
+
+    @abstractmethod
+    def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
+        """Slots of every chunk; chunks know nothing of each other."""
+
+    @abstractmethod
+    def build_macs(self, head_dim: int) -> float:
+        """Multiply-adds of summarising one chunk for one head."""
+
+    def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
+        start = torch.tensor(inputs.start, device=blocks.device)[:, None]
+        outside = blocks * BLOCK + inputs.offset - start - window + 1
+        return start + outside.clamp(min=0) // self.chunk * self.chunk
+
+    def far(
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
+    ) -> tuple[Slots | None, TileList]:
+        start = torch.tensor(inputs.start, device=floor.device)[:, None, None]
+        chunks = (floor - start) // self.chunk  # [batch, heads, blocks]
+        most = int(chunks.max())
+        slots = self._slots(inputs, most, sinks) if most else None
+        return slots, _slot_tiles(chunks * self.slots)
+
+    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
+        row = torch.arange(shape.queries)
+        first = row // BLOCK * BLOCK + shape.keys - shape.queries
+        chunks = (first - window + 1).clamp(min=0) // self.chunk
+        # keys between the chunks and the window, which the pair keeps near
+        reached = torch.clamp(chunks * self.chunk, min=sinks)
+        more = (row + shape.keys - shape.queries + 1 - window - reached).clamp(min=0)
+        pairs = int((chunks * self.slots + more).sum())
+        build = float(chunks.max()) * self.build_macs(shape.head_dim)
+        return Cost(2.0 * shape.head_dim * pairs, build)
+
+    def _slots(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots:
+        """Slots of the first `chunks` chunks, padded to whole tiles of 64."""
+        heads = list(inputs.head)
+        wide = torch.promote_types(inputs.key.dtype, torch.float32)
+        key, value = (self._chunks(inputs, t, chunks).to(wide) for t in (inputs.key, inputs.value))
+        if self.mean_name is None:
+            log_w = torch.zeros_like(key[..., 0])
+            mean = None
+        else:
+            mean = inputs.fitted_tensor(self.mean_name)[heads].to(wide)
+            log_w = (key * mean[:, None, None]).sum(-1) * inputs.scale
+        position = torch.arange(chunks * self.chunk, device=key.device).view(chunks, self.chunk)
+        kept = torch.tensor(list(sinks), device=key.device)[:, None, None]
+        log_w = log_w.masked_fill(position < kept, float("-inf"))
+        shift = log_w.amax(-1, keepdim=True)
+        shift = torch.where(shift.isfinite(), shift, 0.0)
+        weight = (log_w - shift).exp()
+        made = self.summarise(Chunks(key, value, weight, inputs.head, inputs.scale), inputs)
+        log_weight = shift.expand(made.weight.shape)
+        if made.log_scale is not None:
+            log_weight = log_weight + made.log_scale
+        if mean is not None:
+            log_weight = log_weight - (made.key * mean[:, None, None]).sum(-1) * inputs.scale
+        log_weight = log_weight.masked_fill(made.weight == 0, float("-inf"))
+        flat = [t.flatten(2, 3) for t in (made.key, log_weight, made.weight, made.value)]
+        fill = -flat[0].shape[2] % BLOCK
+        pad = torch.nn.functional.pad
+        return Slots(
+            pad(flat[0], (0, 0, 0, fill)),
+            pad(flat[1], (0, fill), value=float("-inf")),
+            pad(flat[2], (0, fill)),
+            pad(flat[3], (0, 0, 0, fill)),
+            torch.arange(len(heads), dtype=torch.int32, device=key.device),
+        )
+
+    def _chunks(self, inputs: Inputs, rows: Tensor, chunks: int) -> Tensor:
+        """Keys or values by chunk, [batch, heads, chunks, chunk, dim]."""
+        parts = [
+            rows[b, :, start : start + chunks * self.chunk] for b, start in enumerate(inputs.start)
+        ]
+        length = chunks * self.chunk  # padded sequences have fewer chunks: theirs end in zeros
+        parts = [torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])) for p in parts]
+        return torch.stack(parts)[:, list(inputs.kv_head)].unflatten(2, (chunks, self.chunk))
+
+
+def pick(weight: Tensor, count: int, uniform: float) -> tuple[Tensor, Tensor]:
+    """`count` keys of every chunk by systematic sampling, and the chance of each.
+
+    A key's chance per draw is its share of the weight, mixed with `uniform` equal chances. The
+    draws stand at equal distances in the cumulated chances, so nothing is random.
+
+    Returns:
+        int64 [..., count] and its chances per draw [..., count].
+    """
+    chunk = weight.shape[-1]
+    share = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+    chance = (1 - uniform) * share + uniform / chunk
+    cumulative = chance.cumsum(-1)
+    quantile = (torch.arange(count, device=weight.device) + 0.5) / count
+    quantile = quantile.to(cumulative.dtype).expand(*cumulative.shape[:-1], count)
+    picked = torch.searchsorted(cumulative, quantile.contiguous()).clamp(max=chunk - 1)
+    return picked, chance.gather(-1, picked)
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [..., chunk, dim] at index [..., count], [..., count, dim]."""
+    return torch.gather(rows, -2, index[..., None].expand(*index.shape, rows.shape[-1]))
+
+
+def lloyd(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tensor:
+    """One-hot cluster membership [..., chunk, slots] after weighted Lloyd steps.
+
+    Args:
+        points: [..., chunk, dim].
+        weight: [..., chunk].
+        centre: [..., slots, dim], where the clusters begin.
+        steps: at least 1.
+    """
+    member = torch.zeros(*weight.shape, centre.shape[-2], dtype=points.dtype, device=points.device)
+    for _ in range(steps):
+        # |x - c|^2 without |x|^2, which is the same for all centres
+        distance = (centre * centre).sum(-1)[..., None, :] - 2 * points @ centre.mT
+        member = torch.zeros_like(distance).scatter_(-1, distance.argmin(-1, keepdim=True), 1.0)
+        share = member * weight[..., None]
+        total = share.sum(-2)[..., None]
+        moved = share.mT @ points / total.clamp(min=torch.finfo(points.dtype).tiny)
+        centre = torch.where(total > 0, moved, centre)  # an empty cluster stays where it is
+    return member
+
+
+def pooled(chunks: Chunks, member: Tensor) -> Summary:
+    """Weighted means of clusters, one-hot `member` [..., chunk, slots]."""
+    share = member * chunks.weight[..., None]
+    mass = share.sum(-2)
+    centre = share.mT @ chunks.key / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
+    return Summary(centre, mass, share.mT @ chunks.value)
+
+
+def _slot_tiles(visible: Tensor) -> TileList:
+    """Slot tiles: a query block reads the first `visible[batch, head, block]` slots."""
+    batch, heads, count = visible.shape
+    device = visible.device
+    tile = torch.arange(-(-int(visible.max()) // BLOCK), device=device)
+    rest = visible[..., None] - tile * BLOCK
+    b, h, row, index = torch.nonzero(rest > 0, as_tuple=True)
+    left = rest[b, h, row, index]
+    mask = torch.where(left >= BLOCK, FULL, left)
+    tiles = torch.stack([torch.full_like(index, SLOTS), index, mask], dim=1)
+    ramp = torch.arange(BLOCK, device=device)
+    words = tile_list.pack_bits(ramp[None, :] < ramp[:, None])  # word n has the n lowest bits set
+    masks = words[:, None].expand(-1, BLOCK).contiguous()
+    gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=device)
+    rows = (b * heads + h) * count + row
+    return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)
