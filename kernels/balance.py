@@ -1,0 +1,52 @@
+"""Queries and keys in coordinates in which both are as short as their products allow.
+
+For any invertible A, q.k = (A q).(A^-T k). With second moments S_q of the queries and S_k of the
+centred keys, E|Aq|^2 + E|A^-T k|^2 is least where M = A^-1 A^-T solves M S_k M = S_q, the geometric
+mean of S_q and S_k^-1; M^1/2 is then the map of the keys and M^-1/2 that of the queries. Taking a
+key mean away from all keys moves all scores of a query alike, so it changes no softmax.
+
+Source: the stationarity condition of tr(G S_q) + tr(G^-1 S_k), whose solution is the matrix
+geometric mean (Bhatia, Positive Definite Matrices, section 4.1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Moments
+
+FLOOR = 1e-6
+"""Directions with a smaller share of the largest energy are not stretched further."""
+
+
+def fit(moments: Moments) -> dict[str, Tensor]:
+    """Balanced coordinates of every head, float32.
+
+    `balanced.query_mean` and `balanced.key_mean` [heads, head_dim], `balanced.key_map` and
+    `balanced.query_map` [heads, head_dim, head_dim]: a centred key k becomes k @ key_map.
+    """
+    heads = moments.query_mean.shape[0]
+    group = heads // moments.key_mean.shape[0]
+    key_mean = moments.key_mean.double().repeat_interleave(group, 0)
+    query_mean = moments.query_mean.double()
+    query = moments.query_gram.double() - query_mean[:, :, None] * query_mean[:, None, :]
+    key = moments.key_gram.double().repeat_interleave(group, 0)
+    key = key - key_mean[:, :, None] * key_mean[:, None, :]
+    root, inverse_root = _powers(key)
+    middle, _ = _powers(root @ query @ root)
+    key_map, query_map = _powers(inverse_root @ middle @ inverse_root)
+    return {
+        "balanced.query_mean": query_mean.float(),
+        "balanced.key_mean": key_mean.float(),
+        "balanced.key_map": key_map.float(),
+        "balanced.query_map": query_map.float(),
+    }
+
+
+def _powers(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and inverse square root of Grams [n, d, d], with a floor under eigenvalues."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values = torch.maximum(values, values.amax(-1, keepdim=True).clamp(min=1e-12) * FLOOR)
+    root = values.sqrt()[:, None, :]
+    return vectors * root @ vectors.mT, vectors / root @ vectors.mT

@@ -1,0 +1,61 @@
+"""Sampled columns: some far keys, weighted so that sums over them estimate sums over all.
+
+Of every chunk `slots` keys are drawn, key j with a chance p_j per draw, and each drawn key weighs
+1 / (slots p_j) in the sums. The chances are the keys' weights for a mean query, mixed with
+`uniform` per cent of equal chances; with 100 per cent and as many slots as keys every key is drawn
+once and the far field is exact.
+
+Source: Han et al., HyperAttention, https://arxiv.org/abs/2310.05869, section 3.1 (sampled columns
+for what its blocks leave out). Unlike the paper, chances follow the mean query as in KDEformer
+(Zandieh et al., https://arxiv.org/abs/2302.02451, section 3), keys of the near field are never
+drawn, and the draws are systematic: at equal distances in the cumulated chances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from attnplan.kernels import balance
+from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, pick, take
+
+
+@dataclass(frozen=True)
+class SampledColumns(ChunkCompressor):
+    """Replace every far chunk of `chunk` keys by `slots` of them, drawn by importance."""
+
+    name: ClassVar[str] = "sampled_columns"
+    predictor: ClassVar[str] = "effective_keys"
+    mean_name: ClassVar[str | None] = "balanced.query_mean"
+
+    chunk: int = 128
+    slots: int = 16
+    uniform: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.uniform <= 100:
+            raise ValueError(f"uniform must be 1 to 100 per cent, got {self.uniform}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        if 3 * 128 <= shape.keys:
+            yield cls(128, 16)
+
+    def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
+        drawn, chance = pick(chunks.weight, self.slots, self.uniform / 100)
+        weight = chunks.weight.gather(-1, drawn) / (self.slots * chance)
+        return Summary(
+            take(chunks.key, drawn), weight, take(chunks.value, drawn) * weight[..., None]
+        )
+
+    def build_macs(self, head_dim: int) -> float:
+        return float(self.chunk * (head_dim + 2) + self.slots * head_dim)
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        return balance.fit(moments)

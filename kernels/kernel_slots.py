@@ -1,0 +1,59 @@
+"""Slots that stand in for keys in the feature space of the exponential kernel.
+
+In balanced, centred coordinates x the weight of key j for query y is e^{s y.x_j} = <f(y), f(x_j)>.
+Writing f(x_j) as a combination of landmarks, sum_c a_cj f(x_c), makes every landmark a slot
+
+    w_c = sum_j W_j a_cj       u_c = sum_j W_j a_cj v_j
+
+With g(x, x') = e^{-s|x-x'|^2/2} the best combination (Nystrom) is
+
+    a_cj = e^{s(|x_j|^2 - |x_c|^2)/2} (g_CC^-1 g_Cj)_c
+
+in which nothing overflows but the norms, and these are carried in the log-weights. The mass of a
+slot may come out negative; such slots are left out, so that the mass of a query stays positive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.slot_chunks import Chunks, Summary
+
+
+def points(rows: Tensor, chunks: Chunks, inputs: Inputs) -> Tensor:
+    """Keys [..., chunk, head_dim] in balanced coordinates, the scale of the scores in them."""
+    heads = list(chunks.head)
+    mean = inputs.fitted_tensor("balanced.key_mean")[heads].to(rows.dtype)
+    key_map = inputs.fitted_tensor("balanced.key_map")[heads].to(rows.dtype)
+    return (rows - mean[:, None, None]) @ key_map[:, None] * chunks.scale**0.5
+
+
+def gaussian(x: Tensor, y: Tensor) -> Tensor:
+    """e^{-|x-y|^2/2} of all pairs, [..., n, m]."""
+    squares = x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :]
+    return (x @ y.mT - squares / 2).clamp(max=0).exp()
+
+
+def lifted(
+    chunks: Chunks, x: Tensor, landmarks: Tensor, at: Tensor, coefficients: Tensor
+) -> Summary:
+    """Slots from landmarks and the coefficients g_CC^-1 g_Cj.
+
+    Args:
+        chunks: the keys.
+        x: their balanced coordinates.
+        landmarks: keys of the landmarks [..., slots, head_dim].
+        at: their balanced coordinates.
+        coefficients: [..., slots, chunk].
+    """
+    log_share = chunks.weight.log() + x.square().sum(-1) / 2  # -inf for keys that are left out
+    top = log_share.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    share = coefficients * (log_share - top).exp()[..., None, :]
+    mass = share.sum(-1)
+    kept = mass > 0
+    value = torch.where(kept[..., None], share @ chunks.value, 0.0)
+    log_scale = torch.where(kept, top - at.square().sum(-1) / 2, 0.0)
+    return Summary(landmarks, torch.where(kept, mass, 0.0), value, log_scale)
