@@ -242,6 +242,8 @@ class Selector(ABC):
     """The tile list depends on shapes alone: it is built once and costs nothing online."""
     far_compatible: ClassVar[bool] = False
     """`floor` is honoured: a compressor may stand in for the keys before it."""
+    cost_is_bound: ClassVar[bool] = False
+    """How many pairs are computed depends on the content: `cost` says how many at most."""
     selects_together: ClassVar[bool] = False
     """Heads with different settings select in one go, by an own `select`."""
     predictor: ClassVar[str]

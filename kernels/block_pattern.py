@@ -6,6 +6,8 @@ sequence is the one that holds its first real token.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 
@@ -127,3 +129,65 @@ def _block_means(rows: Tensor, real: Tensor) -> Tensor:
     rows = torch.nn.functional.pad(rows, pad).unflatten(2, (-1, BLOCK)).sum(3)
     count = torch.nn.functional.pad(real, pad).unflatten(2, (-1, BLOCK)).sum(3)
     return rows / count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ScoredBlocks(Selector):
+    """Keep the sink block, `local` recent key blocks, and the `top` best-scoring others.
+
+    A subclass says how a query block scores a key block. Ties go to the earlier block.
+    """
+
+    top: int
+    local: int = 2
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"top must be at least 1 block, got {self.top}")
+        if self.local < 1:
+            raise ValueError(f"local must be at least 1 block, got {self.local}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for top, local in ((2, 2), (4, 2), (8, 4), (16, 4)):
+            if (top + local + 1) * BLOCK < shape.keys:
+                yield cls(top, local)
+
+    @abstractmethod
+    def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
+        """Score of every key block, [batch, heads, len(blocks), key blocks], at least float32."""
+
+    @abstractmethod
+    def score_macs(self, shape: AttentionShape, candidates: int) -> float:
+        """Multiply-adds of the scores of one head, over `candidates` (query, key) block pairs."""
+
+    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
+        grid = BlockGrid.of(inputs, blocks)
+        chosen = self._chosen(inputs, blocks, grid)
+        return block_tiles(inputs, blocks, grid, chosen | grid.always(self.local))
+
+    def keep(self, inputs: Inputs) -> Tensor:
+        blocks = torch.arange(inputs.blocks, device=inputs.query.device)
+        grid = BlockGrid.of(inputs, blocks)
+        return grid.pairs(inputs, self._chosen(inputs, blocks, grid) | grid.always(self.local))
+
+    def cost(self, shape: AttentionShape) -> Cost:
+        query_block = torch.arange(-(-shape.queries // BLOCK))
+        own = (shape.keys - shape.queries + query_block * BLOCK) // BLOCK
+        candidates = (own - self.local).clamp(min=0)
+        rows = (shape.queries - query_block * BLOCK).clamp(max=BLOCK)
+        far = int(((candidates.clamp(max=self.top)) * rows).sum()) * BLOCK
+        i = torch.arange(shape.keys - shape.queries, shape.keys)
+        first = (i + shape.queries - shape.keys) // BLOCK * BLOCK + shape.keys - shape.queries
+        local_start = (first // BLOCK - self.local + 1).clamp(min=0) * BLOCK
+        near = int((i + 1 - local_start + (local_start > 0) * BLOCK).sum())
+        selection = self.score_macs(shape, int(candidates.sum()))
+        return Cost(2.0 * shape.head_dim * (near + far), selection)
+
+    def _chosen(self, inputs: Inputs, blocks: Tensor, grid: BlockGrid) -> Tensor:
+        """Bool [batch, heads, len(blocks), key blocks]."""
+        candidates = grid.candidates(self.local)
+        scores = self.scores(inputs, blocks).masked_fill(~candidates, float("-inf"))
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : self.top]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+        return chosen & candidates

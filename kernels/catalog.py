@@ -19,19 +19,48 @@ from attnplan.kernels.approximation import (
     Selector,
 )
 from attnplan.kernels.far.centroid_t import CentroidT
+from attnplan.kernels.far.multipole import Multipole
+from attnplan.kernels.far.nystrom import Nystrom
+from attnplan.kernels.far.sampled_columns import SampledColumns
+from attnplan.kernels.far.wildcat import Wildcat
+from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.dense import Dense
 from attnplan.kernels.near.global_window import GlobalWindow
+from attnplan.kernels.near.heavy_hitters import HeavyHitters
+from attnplan.kernels.near.leverage import Leverage
 from attnplan.kernels.near.loki import Loki
+from attnplan.kernels.near.lsh import LSH
+from attnplan.kernels.near.quest import Quest
+from attnplan.kernels.near.random_blocks import RandomBlocks
 from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.vertical_slash import VerticalSlash
 from attnplan.kernels.near.window import Window
 
 NEAR: dict[str, type[Selector]] = {
-    cls.name: cls for cls in (Dense, Window, GlobalWindow, Strided, VerticalSlash, BlockTopK, Loki)
+    cls.name: cls
+    for cls in (
+        Dense,
+        Window,
+        GlobalWindow,
+        Strided,
+        RandomBlocks,
+        VerticalSlash,
+        HeavyHitters,
+        Leverage,
+        BlockTopK,
+        Quest,
+        Antidiagonal,
+        LSH,
+        Loki,
+    )
 }
-FAR: dict[str, type[Compressor]] = {cls.name: cls for cls in (CentroidT,)}
+FAR: dict[str, type[Compressor]] = {
+    cls.name: cls for cls in (CentroidT, Multipole, SampledColumns, Nystrom, Wildcat)
+}
 DENSE = Approximation(Dense())
+PAIR_SHARE = 8
+"""A window of more than 1 / PAIR_SHARE of the text leaves too little for a far field to pay."""
 
 _Part = TypeVar("_Part", Selector, Compressor)
 
@@ -41,7 +70,7 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
     for selector in NEAR.values():
         for near in selector.choices(shape):
             yield Approximation(near)
-            if near.far_compatible:
+            if near.far_compatible and PAIR_SHARE * getattr(near, "window", 0) <= shape.keys:
                 for compressor in FAR.values():
                     yield from (Approximation(near, far) for far in compressor.choices(shape))
 

@@ -175,13 +175,13 @@ def test_padding_rows_are_zero_and_padding_keys_are_not_read(approximation: Appr
 
 @pytest.mark.parametrize("approximation", CHOICES, ids=catalog.key)
 def test_cost_counts_the_pairs(approximation: Approximation) -> None:
-    """Exact, but for vertical-slash, whose columns may fall into blocks it keeps anyway."""
+    """Exactly, or from above where the content decides."""
     inputs = call(approximation, 1024, 1024)
     shape = inputs.shape
     tiles, _ = approximation.tiles(inputs, all_blocks(inputs))
     pairs = tiles.pairs(1024).double().mean().item()
     predicted = approximation.cost(shape).attention / (2 * shape.head_dim)
-    if approximation.near.name == "vertical_slash":
+    if approximation.near.cost_is_bound:
         assert 0.6 * predicted <= pairs <= 1.02 * predicted
     else:
         assert pairs == pytest.approx(predicted, rel=1e-9)
@@ -225,7 +225,21 @@ EVERYTHING = [
     {"near": {"name": "vertical_slash", "columns": 1, "diagonals": 0, "local": 8}},
     {"near": {"name": "block_topk", "top": 500}},
     {"near": {"name": "loki", "rank": 2, "top": 500}},
+    {"near": {"name": "random_blocks", "window": 64, "blocks": 8}},
+    {"near": {"name": "heavy_hitters", "top": 500, "window": 1, "segment": 64}},
+    {"near": {"name": "leverage", "top": 500, "window": 1, "segment": 100}},
+    {"near": {"name": "quest", "top": 500}},
+    {"near": {"name": "antidiagonal", "top": 500}},
+    {"near": {"name": "lsh", "buckets": 1, "rounds": 2, "top": 500}},
     {"near": {"name": "window", "window": 500}, "far": {"name": "centroid_t"}},
+    {
+        "near": {"name": "window", "window": 16},
+        "far": {"name": "sampled_columns", "chunk": 64, "slots": 64, "uniform": 100},
+    },
+    {
+        "near": {"name": "window", "window": 16},
+        "far": {"name": "multipole", "chunk": 64, "slots": 64},
+    },
 ]
 
 

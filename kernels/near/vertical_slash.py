@@ -33,6 +33,7 @@ class VerticalSlash(Selector):
 
     name: ClassVar[str] = "vertical_slash"
     predictor: ClassVar[str] = "vertical_mass"
+    cost_is_bound: ClassVar[bool] = True
 
     columns: int
     diagonals: int

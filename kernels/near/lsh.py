@@ -1,0 +1,144 @@
+"""Locality-sensitive hashing: every query reads the latest keys of its own buckets.
+
+In balanced, centred coordinates (`balance`) queries and keys are hashed by direction: with a random
+matrix R of buckets / 2 columns, h(x) = argmax [xR; -xR]. A query keeps, besides sinks and a window,
+in each of `rounds` rounds the `top` latest keys of the bucket that it falls into; a key that it
+meets in several rounds counts once. One bucket and enough keys is dense attention.
+
+Source: Kitaev et al., Reformer, https://arxiv.org/abs/2001.04451, section 2. Unlike the paper,
+queries and keys are different vectors (hence the balancing, which needs no largest norm and so no
+look at later keys); buckets are read by the latest keys instead of in sorted chunks, so that no
+query sees what comes after it; rounds are united before the softmax. Norms play no part in the
+hash. R is drawn once, from the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels import balance, tile_list
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.near.window import Window
+from attnplan.kernels.pattern import relative_positions, window_pairs
+from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.token_selection import pack_tokens
+
+
+@dataclass(frozen=True)
+class LSH(Selector):
+    """Keep sinks, a window, and in each round the `top` latest other keys of the query's bucket."""
+
+    name: ClassVar[str] = "lsh"
+    family: ClassVar[str] = "clustered"
+    predictor: ClassVar[str] = "effective_keys"
+    cost_is_bound: ClassVar[bool] = True
+
+    buckets: int
+    rounds: int
+    top: int
+    window: int = 64
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.buckets != 1 and (self.buckets < 2 or self.buckets % 2):
+            raise ValueError(f"buckets must be 1 or even, got {self.buckets}")
+        for knob in ("rounds", "top", "window"):
+            if getattr(self, knob) < 1:
+                raise ValueError(f"{knob} must be at least 1, got {getattr(self, knob)}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        if 4 * 128 < shape.keys:
+            yield cls(16, 2, 32)
+
+    def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
+        windows = Window(self.window, self.sinks).near(inputs, blocks)
+        return tile_list.concat(
+            [windows, pack_tokens(self._tokens(inputs, blocks), inputs.key.shape[2])]
+        )
+
+    def keep(self, inputs: Inputs) -> Tensor:
+        query, key = self._hashes(inputs, inputs.query)
+        i, j = relative_positions(inputs)
+        candidate = (j >= self.sinks) & (j <= i - self.window)
+        kept = Window(self.window, self.sinks).keep(inputs)
+        for r in range(self.rounds):
+            same = candidate & (query[:, :, r, :, None] == key[:, :, r, None, :])
+            later = same.flip(-1).cumsum(-1).flip(-1)
+            kept = kept | (same & (later <= self.top))
+        return kept
+
+    def cost(self, shape: AttentionShape) -> Cost:
+        """An upper bound: buckets may hold fewer keys, and rounds may share some."""
+        i = torch.arange(shape.keys - shape.queries, shape.keys)
+        candidates = (i + 1 - self.window - self.sinks).clamp(min=0)
+        chosen = int(candidates.clamp(max=self.top * self.rounds).sum())
+        pairs = chosen + window_pairs(shape, self.window, self.sinks)
+        hashing = (shape.head_dim + self.rounds * self.buckets / 2) * shape.head_dim
+        return Cost(2.0 * shape.head_dim * pairs, hashing * (shape.queries + shape.keys))
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        return balance.fit(moments)
+
+    def _hashes(self, inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Buckets of queries and keys, int64 [batch, heads, rounds, queries or keys]."""
+        wide = torch.promote_types(inputs.key.dtype, torch.float32)
+        heads = list(inputs.head)
+
+        def fitted(name: str) -> Tensor:
+            return inputs.fitted_tensor(f"balanced.{name}")[heads].to(wide)
+
+        key = inputs.key[:, list(inputs.kv_head)].to(wide) - fitted("key_mean")[:, None]
+        key = key @ fitted("key_map")
+        return self._bucket(query.to(wide) @ fitted("query_map")), self._bucket(key)
+
+    def _bucket(self, x: Tensor) -> Tensor:
+        if self.buckets == 1:
+            return torch.zeros(*x.shape[:2], self.rounds, x.shape[2], dtype=torch.int64).to(
+                x.device
+            )
+        turned = x @ _rotations(x.shape[3], self.rounds, self.buckets).to(x)
+        turned = turned.unflatten(3, (self.rounds, -1)).transpose(2, 3)
+        return torch.cat([turned, -turned], dim=-1).argmax(-1)
+
+    def _tokens(self, inputs: Inputs, blocks: Tensor) -> Tensor:
+        """Chosen keys, int32 [batch, heads, 64 * len(blocks), rounds * top], -1 for none."""
+        query, key = self._hashes(inputs, inputs.rows(blocks))
+        keys = inputs.key.shape[2]
+        device = key.device
+        # keys in order of (bucket, position): a bucket is a run, its latest keys are at the end
+        spelled = key * keys + torch.arange(keys, device=device)
+        order = spelled.sort(-1).values
+        position = inputs.positions(blocks).flatten()
+        start = torch.tensor(inputs.start, device=device)[:, None, None, None]
+        low = (start + self.sinks).expand_as(query)
+        high = torch.where(position >= 0, position - self.window + 1, -1).expand_as(query)
+        high = torch.maximum(high, low)
+        first = torch.searchsorted(order, (query * keys + low).contiguous())
+        end = torch.searchsorted(order, (query * keys + high).contiguous())
+        place = end[..., None] - 1 - torch.arange(self.top, device=device)
+        there = place >= first[..., None]
+        found = torch.gather(order, -1, place.clamp(min=0).flatten(3)).view(place.shape) % keys
+        found = torch.where(there, found, -1)  # [batch, heads, rounds, queries, top]
+        found = found.transpose(2, 3).flatten(3).sort(-1).values
+        twice = torch.zeros_like(found, dtype=torch.bool)
+        twice[..., 1:] = found[..., 1:] == found[..., :-1]
+        return torch.where(twice, -1, found).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _rotations(head_dim: int, rounds: int, buckets: int) -> Tensor:
+    """float64 [head_dim, rounds * buckets / 2], the same wherever and whenever it is drawn."""
+    generator = torch.Generator().manual_seed(0x15A)
+    shape = (rounds, head_dim, buckets // 2)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return drawn.transpose(0, 1).flatten(1)

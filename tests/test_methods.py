@@ -1,0 +1,245 @@
+"""What the source of each method promises: exact limits, rates, theorems and hazards."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from attnplan.kernels import balance, catalog
+from attnplan.kernels.approximation import Approximation, Inputs, Moments
+from attnplan.kernels.engines import cpu, reference
+from attnplan.kernels.far.wildcat import _pivots
+from attnplan.kernels.kernel_slots import gaussian
+from attnplan.kernels.near.leverage import leverage_scores
+from attnplan.kernels.pattern import causal
+
+FAR = [name for name in catalog.FAR]
+
+
+def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Four heads over two kv heads, keys with a common part, and what the catalog fits to them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(heads: int) -> Tensor:
+        return torch.randn(1, heads, queries, 16, generator=generator, dtype=torch.float64)
+
+    query, key, value = randn(4) * 1.2 + 0.4, randn(2) + 0.6, randn(2)
+    moments = Moments(
+        query.mean((0, 2)),
+        torch.einsum("bhid,bhie->hde", query, query) / queries,
+        key.mean((0, 2)),
+        torch.einsum("bhid,bhie->hde", key, key) / queries,
+    )
+    fitted = catalog.fit(moments)
+    tensors = (t.to(dtype) for t in (query, key, value))
+    return Inputs.of_layer(*tensors, scale=0.25, fitted=fitted)
+
+
+def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
+    near = {"name": "window", "window": window}
+    return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
+
+
+def run(approximation: Approximation, inputs: Inputs, engine: object = reference) -> Tensor:
+    tiles, slots = approximation.tiles(inputs, torch.arange(inputs.blocks))
+    output: Tensor = engine.attend(  # type: ignore[attr-defined]
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        scale=inputs.scale,
+        kv_head=inputs.kv_head,
+        tiles=tiles,
+        slots=slots,
+    )[0]
+    return output
+
+
+def dense(inputs: Inputs) -> Tensor:
+    heads = list(inputs.kv_head)
+    key, value = inputs.key[:, heads], inputs.value[:, heads]
+    return reference.masked(inputs.query, key, value, causal(inputs), inputs.scale)[0]
+
+
+def error(approximation: Approximation, inputs: Inputs) -> float:
+    exact = dense(inputs)
+    return float((run(approximation, inputs) - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("wildcat", {}), ("nystrom", {"ridge": 12})], ids=["wildcat", "nystrom"]
+)
+def test_one_landmark_per_key_is_exact(name: str, knobs: dict[str, int]) -> None:
+    assert error(pair(name, chunk=64, slots=64, **knobs), text()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["wildcat", "centroid_t", "multipole"])
+def test_a_slot_per_distinct_key_is_exact(name: str) -> None:
+    inputs = text()
+    key = inputs.key.clone()
+    key[:, :, 4:] = inputs.key[:, :, torch.arange(496) % 3]
+    inputs = dataclasses.replace(inputs, key=key)
+    assert error(pair(name, chunk=64, slots=8), inputs) < 1e-6
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_more_slots_lose_less(name: str) -> None:
+    inputs = text()
+    errors = [error(pair(name, chunk=64, slots=slots), inputs) for slots in (2, 8, 32)]
+    dropped = error(catalog.from_dict({"near": {"name": "window", "window": 32}}), inputs)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.5 * dropped
+
+
+def test_sampled_sums_converge_with_the_square_root_of_the_sample() -> None:
+    """Independent keys, equal chances: the error of a mean of n falls as 1 / sqrt(n)."""
+    sizes = (8, 16, 32, 64)
+    errors = [
+        np.mean(
+            [
+                error(pair("sampled_columns", chunk=512, slots=n, uniform=100), text(700, seed=s))
+                for s in range(3)
+            ]
+        )
+        for n in sizes
+    ]
+    slope = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    assert slope == pytest.approx(-0.5, abs=0.2)
+
+
+def test_centroids_never_count_more_mass_than_their_keys() -> None:
+    """Jensen: n e^{q.mean k} <= sum e^{q.k}."""
+    inputs = text()
+    approximation = pair("multipole", chunk=64, slots=8)
+    tiles, slots = approximation.tiles(inputs, torch.arange(inputs.blocks))
+    options = {"scale": inputs.scale, "kv_head": inputs.kv_head}
+    tensors = (inputs.query, inputs.key, inputs.value)
+    _, mass = reference.attend(*tensors, **options, tiles=tiles, slots=slots)  # type: ignore[arg-type]
+    all_keys = catalog.DENSE.tiles(inputs, torch.arange(inputs.blocks))[0]
+    _, true = reference.attend(*tensors, **options, tiles=all_keys)  # type: ignore[arg-type]
+    assert bool((mass <= true + 1e-12).all()) and bool((mass < true - 1e-3).any())
+
+
+def test_balancing_keeps_products_and_shortens_vectors() -> None:
+    inputs = text(4000)
+    fitted = balance.fit(
+        Moments(
+            inputs.query.mean((0, 2)),
+            torch.einsum("bhid,bhie->hde", inputs.query, inputs.query) / 4000,
+            inputs.key.mean((0, 2)),
+            torch.einsum("bhid,bhie->hde", inputs.key * 5, inputs.key * 5) / 4000,
+        )
+    )
+    query_map, key_map = (fitted[f"balanced.{n}"].double() for n in ("query_map", "key_map"))
+    torch.testing.assert_close(
+        query_map @ key_map.mT, torch.eye(16).double().expand(4, 16, 16), rtol=0, atol=1e-5
+    )
+    query = inputs.query[0] - inputs.query[0].mean(1, keepdim=True)
+    key = inputs.key[0, list(inputs.kv_head)] * 5
+    key = key - key.mean(1, keepdim=True)
+    plain = (query.square().sum(-1) + key.square().sum(-1)).mean()
+    balanced = (query @ query_map).square().sum(-1) + (key @ key_map).square().sum(-1)
+    assert float(balanced.mean()) < 0.5 * float(plain)
+
+
+def test_pivots_factor_the_kernel() -> None:
+    """F F^T is the Nystrom approximation K_:S K_SS^-1 K_S: on the drawn keys."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 40, 5, generator=generator, dtype=torch.float64)
+    drawn, factor = _pivots(x, torch.rand(2, 40, generator=generator).double(), 12)
+    for row in range(2):
+        kernel, s = gaussian(x[row], x[row]), drawn[row]
+        assert len(set(s.tolist())) == 12
+        exact = kernel[:, s] @ torch.linalg.solve(kernel[s][:, s], kernel[s])
+        torch.testing.assert_close(factor[row] @ factor[row].mT, exact, rtol=0, atol=1e-9)
+
+
+def test_leverage_is_the_diagonal_of_the_hat_matrix() -> None:
+    key = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(1)).double()
+    for row, scores in zip(key.numpy(), leverage_scores(key), strict=True):
+        np.testing.assert_allclose(np.diag(row @ np.linalg.pinv(row)), scores, atol=1e-4)
+
+
+def test_every_heavy_key_of_squared_attention_has_leverage() -> None:
+    """(q.k_j)^2 >= e sum_l (q.k_l)^2 implies a leverage of at least e."""
+    generator = torch.Generator().manual_seed(2)
+    key = torch.randn(200, 8, generator=generator).double() * torch.rand(200, 1) ** 3
+    query = torch.randn(5000, 8, generator=generator).double()
+    squares = (query @ key.mT).square()
+    share = (squares / squares.sum(-1, keepdim=True)).amax(0)
+    scores = leverage_scores(key)
+    assert bool((share <= scores * (1 + 1e-3) + 1e-9).all())
+    assert float(scores.sum()) <= 8 + 1e-9
+
+
+def test_quest_scores_bound_every_key() -> None:
+    inputs = text(320)
+    quest = catalog.from_dict({"near": {"name": "quest", "top": 1}}).near
+    inputs = dataclasses.replace(inputs, query=inputs.query[:, :, :1].expand(-1, -1, 320, -1))
+    scores = quest.scores(inputs, torch.arange(5))  # type: ignore[attr-defined]
+    exact = inputs.query[:, :, :1] @ inputs.key[:, list(inputs.kv_head)].mT
+    best = exact.unflatten(3, (5, 64)).amax(4)
+    assert bool((scores >= best.expand_as(scores) - 1e-9).all())
+
+
+def test_antidiagonals_find_a_planted_block() -> None:
+    inputs = text(64 * 12)
+    key = inputs.key.clone()
+    key[:, :, 64 * 4 : 64 * 5] += 2 * inputs.query[:, ::2].mean(2, keepdim=True)
+    inputs = dataclasses.replace(inputs, key=key)
+    method = catalog.from_dict({"near": {"name": "antidiagonal", "top": 1}}).near
+    tiles = method.near(inputs, torch.tensor([11]))
+    assert bool((tiles.tiles[:, 1] == 4).any())
+
+
+def test_heavy_hitters_find_a_planted_key() -> None:
+    inputs = text()
+    key = inputs.key.clone()
+    key[:, :, 77] = 10 * inputs.query[:, ::2].mean(2)
+    inputs = dataclasses.replace(inputs, key=key)
+    method = catalog.from_dict({"near": {"name": "heavy_hitters", "top": 5, "segment": 128}}).near
+    assert bool(method.keep(inputs)[:, :, 400:, 77].all())
+
+
+def test_more_hash_rounds_hold_more_mass() -> None:
+    inputs = text()
+    errors = [
+        error(
+            catalog.from_dict({"near": {"name": "lsh", "buckets": 8, "rounds": r, "top": 64}}),
+            inputs,
+        )
+        for r in (1, 2, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_a_bucket_holds_more_mass_than_as_many_random_keys() -> None:
+    """Mass of a query's own bucket against its share of the keys."""
+    inputs = text(1000)
+    method = catalog.from_dict(
+        {"near": {"name": "lsh", "buckets": 8, "rounds": 1, "top": 1000, "window": 1, "sinks": 0}}
+    ).near
+    kept = method.keep(inputs)[:, :, 500:]
+    logits = inputs.query[:, :, 500:] @ inputs.key[:, list(inputs.kv_head)].mT * inputs.scale
+    mass = torch.softmax(logits.masked_fill(~causal(inputs)[:, :, 500:], float("-inf")), -1)
+    held = float((mass * kept).sum(-1).mean())
+    keys = float((kept.sum(-1) / causal(inputs)[:, :, 500:].sum(-1)).mean())
+    assert held > 1.2 * keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", FAR)
+def test_hazards_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
+    """A key of huge norm, equal keys and far queries in a far chunk, in low precision."""
+    inputs = text(dtype=dtype)
+    key, query = inputs.key.clone(), inputs.query.clone()
+    key[:, :, 70] *= 60
+    key[:, :, 80:120] = key[:, :, 80:81]
+    query[:, :, 300:310] *= 8
+    inputs = dataclasses.replace(inputs, key=key, query=query)
+    output = run(pair(name, chunk=64, slots=8), inputs, cpu)
+    assert bool(output.isfinite().all())
+    assert float(output.float().abs().amax()) < 50 * float(inputs.value.float().abs().amax())
