@@ -1,4 +1,4 @@
-"""The command line: profile, bench, search, evaluate, query, show, validate, doctor, demo.
+"""The command line: profile, bench, search, evaluate, compare, query, show, validate, doctor, demo.
 
 Every command parses, calls the library and prints. Results go to standard output, progress and
 errors to standard error. Exit codes: 0 done, 1 a budget that cannot be met, 2 bad input.
@@ -229,6 +229,44 @@ def bench(
                 _bench(model, store, data, length, seed, device, dtype, repeats, trust_remote_code)
         if export is not None:
             ERRORS.print(f"{export_timings(store, export)} timings written to {export}")
+
+
+@app.command()
+def compare(
+    model: Model,
+    density: Annotated[
+        float, typer.Option(help="Share of dense multiply-adds that a method may take.")
+    ] = 0.25,
+    context: Context = 2048,
+    sequences: Sequences = 3,
+    data: Data = "builtin",
+    db: Database = DATABASE,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    repeats: Repeats = 3,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Compare all methods of the catalog on a model's heads, at equal cost."""
+    from dataclasses import asdict
+
+    from attnplan.league import HEADERS, league, lines
+    from attnplan.profiles.database import Store
+    from attnplan.profiling import capture_files, run_key
+
+    if not 0 < density <= 1:
+        raise ValueError(f"--density must be more than 0 and at most 1, got {density}")
+    loaded, work = _workload(
+        model, data, context, sequences, seed, device, dtype, trust_remote_code
+    )
+    with Store(db) as store, Stages() as progress:
+        files = capture_files(run_key(loaded, work), CAPTURES)
+        entries = league(loaded, work, store, files, density, repeats=repeats, progress=progress)
+    if json_:
+        _print_json({"density": density, "entries": [asdict(entry) for entry in entries]})
+    else:
+        print_table(f"{context} tokens, density at most {density}", HEADERS, lines(entries))
 
 
 @app.command()

@@ -107,7 +107,7 @@ def measure_device(
         *_beside_static(candidates, heads),
         *mixtures,
     ]
-    known = {t.approximation: t for t in _timings(loaded, work, store, device)}
+    known = {t.approximation: t for t in timings(loaded, work, store, device)}
     missing = [row for row in wanted if spell(row) not in known]
     if missing:
         inputs = _inputs(loaded, work, fitted_tensors(store, run.id))
@@ -115,7 +115,7 @@ def measure_device(
             advance(f"timing {number + 1} of {len(missing)}")
             timing = measure_layer(inputs, row, repeats=repeats)
             store.save_timings(device, [_record(loaded, inputs, spell(row), timing)])
-        known = {t.approximation: t for t in _timings(loaded, work, store, device)}
+        known = {t.approximation: t for t in timings(loaded, work, store, device)}
     prefill = _dense_prefill(loaded, work, store, device, repeats)
 
     spelled = [name for name in known if parse(name, names)]
@@ -187,7 +187,7 @@ def _shape(loaded: LoadedModel, context: int) -> AttentionShape:
     return AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
 
 
-def _timings(
+def timings(
     loaded: LoadedModel, work: Workload, store: Store, device: records.DeviceIdentity
 ) -> list[records.KernelTiming]:
     shape = _shape(loaded, work.context)

@@ -23,10 +23,11 @@ from tests import tiny_model
 
 from attnplan import cli
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.window import Window
 from attnplan.models import load_model
 from attnplan.plan import Plan, Target
+from attnplan.search.candidates import candidates
 
 SMALL = ("--context", "256", "--sequences", "1")
 QUICK = (*SMALL, "--trials", "2", "--swaps", "1", "--repeats", "1")
@@ -290,6 +291,26 @@ def test_help_names_every_command(run: Run) -> None:
 
 
 # The whole job
+
+
+def test_compare_lists_every_method(run: Run, folder: Path) -> None:
+    url = f"sqlite:///{folder}/league.db"
+    arguments = ("compare", "tiny", *SMALL, "--density", 0.8, "--repeats", 1, "--db", url)
+    found = run(*arguments, "--json")
+    assert found.code == 0
+    entries = {entry["name"]: entry for entry in json.loads(found.out)["entries"]}
+    shape = AttentionShape(1, 4, 2, 256, 256, 16)
+    assert set(entries) == {a.name for a in candidates(shape) if not a.is_dense}
+    assert sum(entry["wins"] for entry in entries.values()) == 2 * 4
+    measured = [entry for entry in entries.values() if entry["setting"]]
+    assert measured and all(e["kl"] >= 0 and e["speedup"] > 0 for e in measured)
+    again = run(*arguments)  # from the store, as a table
+    assert again.code == 0 and all(name in again.out for name in ("window", "loki"))
+
+
+def test_compare_refuses_a_density_out_of_range(run: Run) -> None:
+    found = run("compare", "tiny", *SMALL, "--density", 1.5)
+    assert found.code == 2 and "--density must be more than 0 and at most 1, got 1.5" in found.err
 
 
 @pytest.fixture
