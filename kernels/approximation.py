@@ -288,6 +288,10 @@ class Selector(ABC):
     def cost(self, shape: AttentionShape) -> Cost:
         """Multiply-adds of one head of one sequence without a far field."""
 
+    def pairs(self, shape: AttentionShape) -> bool:
+        """Whether this setting is worth trying with a far field too."""
+        return self.far_compatible
+
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
         """Calibrated data of one layer, 'name.tensor' to tensor; most methods need none."""

@@ -59,8 +59,6 @@ FAR: dict[str, type[Compressor]] = {
     cls.name: cls for cls in (CentroidT, Multipole, SampledColumns, Nystrom, Wildcat)
 }
 DENSE = Approximation(Dense())
-PAIR_SHARE = 8
-"""A window of more than 1 / PAIR_SHARE of the text leaves too little for a far field to pay."""
 
 _Part = TypeVar("_Part", Selector, Compressor)
 
@@ -70,7 +68,7 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
     for selector in NEAR.values():
         for near in selector.choices(shape):
             yield Approximation(near)
-            if near.far_compatible and PAIR_SHARE * getattr(near, "window", 0) <= shape.keys:
+            if near.pairs(shape):
                 for compressor in FAR.values():
                     yield from (Approximation(near, far) for far in compressor.choices(shape))
 
