@@ -8,7 +8,9 @@ them the `top` with the largest column score; scores come from keys and queries 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ class SegmentColumns(Selector):
         """Multiply-adds of scoring `seen` keys for one head."""
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
-        static = _Recent(self.window, self.segment, self.sinks).near(inputs, blocks)
+        static = self._recent.near(inputs, blocks)
         tokens = self._tokens(inputs, blocks)
         return tile_list.concat([static, pack_tokens(tokens, inputs.key.shape[2])])
 
@@ -63,17 +65,20 @@ class SegmentColumns(Selector):
         chosen = torch.zeros(*tokens.shape[:3], keys + 1, dtype=torch.bool, device=tokens.device)
         chosen.scatter_(-1, torch.where(tokens < 0, keys, tokens), True)
         i, j = relative_positions(inputs)
-        recent = _Recent(self.window, self.segment, self.sinks).rule(i, j)
+        recent = self._recent.rule(i, j)
         return (chosen[..., :keys] | recent) & causal(inputs)
 
     def cost(self, shape: AttentionShape) -> Cost:
-        i = torch.arange(shape.keys - shape.queries, shape.keys)
-        low = (i - i % self.segment - self.window).clamp(min=0)
-        chosen = (low - self.sinks).clamp(min=0, max=self.top)
-        pairs = int((i + 1 - low + low.clamp(max=self.sinks) + chosen).sum())
+        low = self._recent.low(torch.arange(shape.keys - shape.queries, shape.keys))
+        pairs = int((low - self.sinks).clamp(min=0, max=self.top).sum())
         seen = low.unique().tolist()
         selection = sum(self.score_macs(shape, int(keys)) for keys in seen if keys > self.sinks)
-        return Cost(2.0 * shape.head_dim * pairs, float(selection))
+        chosen = Cost(2.0 * shape.head_dim * pairs, float(selection))
+        return self._recent.cost(shape) + chosen
+
+    @property
+    def _recent(self) -> _Recent:
+        return _Recent(self.window, self.segment, self.sinks)
 
     def _tokens(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         """The columns of every query, int32 [batch, heads, 64 * len(blocks), top]."""
@@ -110,19 +115,30 @@ class SegmentColumns(Selector):
 class _Recent(StaticPattern):
     """Sinks, and every key since `window` before the query's segment."""
 
+    name: ClassVar[str] = "recent"
+    predictor: ClassVar[str] = "sink_local_mass"
+
     window: int
     segment: int
     sinks: int
 
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        """None: it is a part of other methods."""
+        return iter(())
+
+    def low(self, i: Tensor) -> Tensor:
+        """The first recent key of queries at positions i."""
+        return (i - i % self.segment - self.window).clamp(min=0)
+
     def rule(self, i: Tensor, j: Tensor) -> Tensor:
-        return (j >= i - i % self.segment - self.window) | (j < self.sinks)
+        return (j >= self.low(i)) | (j < self.sinks)
 
     def reach(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(0, self.sinks), (first - first % self.segment - self.window, last + 1)]
 
-    @classmethod
-    def choices(cls, shape: AttentionShape):  # type: ignore[no-untyped-def]
-        return iter(())
-
     def cost(self, shape: AttentionShape) -> Cost:
-        raise NotImplementedError("a part of a method has no cost of its own")
+        i = torch.arange(shape.keys - shape.queries, shape.keys)
+        low = self.low(i)
+        pairs = int((i + 1 - low + low.clamp(max=self.sinks)).sum())
+        return Cost(2.0 * shape.head_dim * pairs)
