@@ -149,7 +149,7 @@ class ScoredBlocks(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for top, local in ((2, 2), (4, 2), (8, 4), (16, 4)):
+        for top, local in ((4, 2), (16, 4)):
             if (top + local + 1) * BLOCK < shape.keys:
                 yield cls(top, local)
 

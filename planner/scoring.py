@@ -18,11 +18,14 @@ from attnplan.profiles.capture import LayerCapture
 from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
+from attnplan.profiles.side_by_side import side_by_side
 from attnplan.profiling import Advance, Workload, captured_text, fitted_tensors, silent
 from attnplan.search.scores import Observed, sampled_blocks, score_layer
 
 BLOCKS = 12
 """Query blocks of a text that candidates are compared on."""
+
+_Scored = tuple[int, list[records.CandidateScore]]
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,16 @@ def score(
             if not files.has(text):
                 files.save(text, captured_text(loaded, work, text))
             blocks = _blocks(work, text)
-            for layer in files.layers(text):
-                if layer.layer not in wanted:
-                    continue
+            todo = (layer for layer in files.layers(text) if layer.layer in wanted)
+
+            def rows(layer: LayerCapture, text: int = text, blocks: Tensor = blocks) -> _Scored:
                 known = scored.get((text, layer.layer), frozenset())
                 observed = _observed(layer, loaded.model.device, fitted[layer.layer])
-                rows = _rows(observed, candidates, names, known, blocks.to(loaded.model.device))
-                store.save_scores(run.id, text, layer.layer, asked, rows)
+                found = _rows(observed, candidates, names, known, blocks.to(loaded.model.device))
+                return layer.layer, found
+
+            for layer, found in side_by_side(rows, todo, loaded.model.device):
+                store.save_scores(run.id, text, layer, asked, found)
     files.discard()
     return table(store, run, work, candidates, loaded.identity.layers, loaded.identity.heads)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import TYPE_CHECKING
@@ -32,6 +31,7 @@ from attnplan.kernels.approximation import Moments
 from attnplan.profiles import probes
 from attnplan.profiles.clusters import cluster_inertia
 from attnplan.profiles.probes import CELLS, AttentionProbe
+from attnplan.profiles.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from attnplan.profiles.capture import LayerCapture
@@ -122,22 +122,11 @@ def measure(
 
 
 def measure_layers(layers: Sequence[LayerCapture], *, seed: int = 0) -> list[LayerStatistics]:
-    """Statistics of every captured layer of one text, in the same order.
-
-    On a CPU, as many layers at once as torch has threads, each on one thread: the probes are many
-    short operations, and threads that share one wait for each other more than they work (on two
-    busy cores, 8 layers of 2,048 tokens took 6 to 8 s so, and 68 s otherwise).
-    """
+    """Statistics of every captured layer of one text, in the same order."""
+    if not layers:
+        return []
     work = partial(_measure_captured, seed=seed)
-    if not layers or layers[0].query.device.type != "cpu" or torch.get_num_threads() == 1:
-        return [work(layer) for layer in layers]
-    pool = ThreadPoolExecutor(
-        torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        return list(pool.map(work, layers))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return list(side_by_side(work, layers, layers[0].query.device))
 
 
 def _measure_captured(layer: LayerCapture, *, seed: int) -> LayerStatistics:
