@@ -363,7 +363,17 @@ def demo(
     db: Database = DATABASE,
 ) -> None:
     """Run the whole job on SmolLM2-135M and compare the plan with dense and the baselines."""
-    search(DEMO, out, max_density=max_density, context=context, db=db)
+    # less effort than a search of one's own: a newcomer waits for it
+    search(
+        DEMO,
+        out,
+        max_density=max_density,
+        trials=10,
+        swaps=6,
+        context=context,
+        sequences=2,
+        db=db,
+    )
     print(f"\nApply it: attnplan.load({DEMO!r}, plan={str(out)!r})")
 
 
