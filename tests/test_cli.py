@@ -285,7 +285,8 @@ def test_help_names_every_command(run: Run) -> None:
     found = run("--help")
     assert found.code == 0
     for command in (
-        "profile", "bench", "search", "evaluate", "compare", "query", "show", "validate", "doctor", "demo"
+        "profile", "bench", "search", "evaluate", "compare", "query", "show", "validate",
+        "doctor", "demo",
     ):  # fmt: skip
         assert f" {command} " in found.out
 
