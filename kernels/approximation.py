@@ -288,7 +288,7 @@ class Selector(ABC):
     def cost(self, shape: AttentionShape) -> Cost:
         """Multiply-adds of one head of one sequence without a far field."""
 
-    def pairs(self, shape: AttentionShape) -> bool:
+    def tried_with_far(self, shape: AttentionShape) -> bool:
         """Whether this setting is worth trying with a far field too."""
         return self.far_compatible
 

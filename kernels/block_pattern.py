@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -138,6 +138,9 @@ class ScoredBlocks(Selector):
     A subclass says how a query block scores a key block. Ties go to the earlier block.
     """
 
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((4, 2), (16, 4))
+    """(top, local) worth trying."""
+
     top: int
     local: int = 2
 
@@ -149,7 +152,7 @@ class ScoredBlocks(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for top, local in ((4, 2), (16, 4)):
+        for top, local in cls.settings:
             if (top + local + 1) * BLOCK < shape.keys:
                 yield cls(top, local)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import (
@@ -68,7 +70,7 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
     for selector in NEAR.values():
         for near in selector.choices(shape):
             yield Approximation(near)
-            if near.pairs(shape):
+            if near.tried_with_far(shape):
                 for compressor in FAR.values():
                     yield from (Approximation(near, far) for far in compressor.choices(shape))
 
@@ -81,6 +83,16 @@ def fit(moments: Moments) -> dict[str, Tensor]:
     for compressor in FAR.values():
         fitted |= compressor.fit(moments)
     return fitted
+
+
+@cache
+def fitted_names(
+    head_dim: int, method: type[Selector] | type[Compressor] | None = None
+) -> frozenset[str]:
+    """What one method, or all together, fit: found by fitting one head of white noise."""
+    mean, gram = torch.zeros(1, head_dim), torch.eye(head_dim)[None]
+    noise = Moments(mean, gram, mean, gram)
+    return frozenset(fit(noise) if method is None else method.fit(noise))
 
 
 def to_dict(approximation: Approximation) -> dict[str, Any]:

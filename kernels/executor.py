@@ -40,20 +40,6 @@ def attend(
     raise ValueError(f"no attention engine for device {query.device.type!r}; use cuda or cpu")
 
 
-SHARED = (
-    "balance.py",
-    "block_pattern.py",
-    "kernel_slots.py",
-    "layer.py",
-    "pattern.py",
-    "segment_columns.py",
-    "slot_chunks.py",
-    "tile_list.py",
-    "token_selection.py",
-)
-"""What engines and methods share."""
-
-
 @cache
 def engine_digest(device: str) -> str:
     """Digest of the sources that an engine's timings depend on, 16 hexadecimal digits.
@@ -65,7 +51,7 @@ def engine_digest(device: str) -> str:
     names = {"cpu": ("cpu.py", "build.py"), "cuda": ("triton.py",)}[device]
     files = [folder / "engines" / name for name in names]
     files += sorted((folder / "engines").glob("*.cpp")) if device == "cpu" else []
-    files += [path for part in ("near", "far") for path in sorted((folder / part).glob("*.py"))]
-    files += [folder / name for name in SHARED]
+    for part in (".", "near", "far"):
+        files += sorted((folder / part).glob("*.py"))
     content = b"\0".join(path.read_bytes() for path in files)
     return hashlib.sha256(content).hexdigest()[:16]

@@ -36,6 +36,18 @@ def gaussian(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.mT - squares / 2).clamp(max=0).exp()
 
 
+def log_shares(chunks: Chunks, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log(W_j e^{|x_j|^2/2}) below its largest [..., chunk], -inf for keys that are left out.
+
+    Returns:
+        These, and the largest [..., 1], 0 where all are left out.
+    """
+    share = chunks.weight.log() + x.square().sum(-1) / 2
+    top = share.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    return share - top, top
+
+
 def lifted(
     chunks: Chunks, x: Tensor, landmarks: Tensor, at: Tensor, coefficients: Tensor
 ) -> Summary:
@@ -48,10 +60,8 @@ def lifted(
         at: their balanced coordinates.
         coefficients: [..., slots, chunk].
     """
-    log_share = chunks.weight.log() + x.square().sum(-1) / 2  # -inf for keys that are left out
-    top = log_share.amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0)
-    share = coefficients * (log_share - top).exp()[..., None, :]
+    log_share, top = log_shares(chunks, x)
+    share = coefficients * log_share.exp()[..., None, :]
     mass = share.sum(-1)
     kept = mass > 0
     value = torch.where(kept[..., None], share @ chunks.value, 0.0)

@@ -12,9 +12,9 @@ on the query. A compressor makes slots of weighted keys; their log-weight takes 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -68,19 +68,29 @@ class Summary:
     log_scale: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class ChunkCompressor(Compressor):
     """A compressor that turns every chunk of `chunk` keys into `slots` slots."""
 
-    chunk: int
-    slots: int
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    """(chunk, slots) worth trying."""
     mean_name: ClassVar[str | None] = None
     """Fitted mean queries [heads, head_dim] to take out of the scores; None for none."""
+
+    chunk: int = 128
+    slots: int = 16
 
     def __post_init__(self) -> None:
         if self.chunk < BLOCK:
             raise ValueError(f"chunk must be at least {BLOCK} keys, got {self.chunk}")
         if not 1 <= self.slots <= self.chunk:
             raise ValueError(f"slots must be between 1 and chunk {self.chunk}, got {self.slots}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for chunk, slots in cls.settings:
+            if 3 * chunk <= shape.keys:
+                yield cls(chunk, slots)
 
     @abstractmethod
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:

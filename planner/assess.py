@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from attnplan.evaluate import Reference, induction_accuracy, kv_bytes, original, prefill_latency
-from attnplan.kernels.approximation import AttentionShape
 from attnplan.models import LoadedModel
 from attnplan.patch import applied, patched_stats
 from attnplan.plan import Plan
@@ -95,6 +94,4 @@ def induction_length(plan: Plan | None, context: int) -> int:
 def _density(loaded: LoadedModel, plan: Plan | None, context: int) -> float:
     if plan is None:
         return 1.0
-    found = loaded.identity
-    shape = AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
-    return density(plan.kernels(context), shape)
+    return density(plan.kernels(context), loaded.identity.prefill_shape(context))

@@ -255,8 +255,6 @@ def compare(
     from attnplan.profiles.database import Store
     from attnplan.profiling import capture_files, run_key
 
-    if not 0 < density <= 1:
-        raise ValueError(f"--density must be more than 0 and at most 1, got {density}")
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
@@ -458,14 +456,12 @@ def _bench(
     trust_remote_code: bool,
 ) -> None:
     from attnplan.explain import timing_rows
-    from attnplan.kernels.approximation import AttentionShape
     from attnplan.profiling import capture_files, profile, run_key
     from attnplan.search.candidates import candidates
     from attnplan.timing import measure_device
 
     loaded, work = _workload(model, data, context, 1, seed, device, dtype, trust_remote_code)
-    found = loaded.identity
-    shape = AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
+    shape = loaded.identity.prefill_shape(context)
     with Stages() as progress:
         progress.stage("Profiling", 2)
         files = capture_files(run_key(loaded, work), CAPTURES)

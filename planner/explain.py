@@ -71,9 +71,7 @@ def explain_head(plan: Plan, store: Store, layer: int, head: int) -> list[Titled
     ]
     section = plan.prefill[-1]
     chosen = catalog.key(section.layers[layer][head])
-    found = plan.model
-    length = section.context[1]
-    shape = AttentionShape(1, found.heads, found.kv_heads, length, length, found.head_dim)
+    shape = plan.model.prefill_shape(section.context[1])
     density = {catalog.key(a): a.density(shape) for a in catalog.choices(shape)}
     scores = store.load_scores(run.id)
     here = (scores.layer == layer) & (scores.head == head) & (scores.sequence < run.key.sequences)

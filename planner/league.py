@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.approximation import AttentionShape
+from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
-from attnplan.planning import Progress, Quiet
+from attnplan.planning import Progress, Quiet, prepare
 from attnplan.profiles import records
 from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
-from attnplan.profiling import Workload, model_record, profile
-from attnplan.scoring import ScoreTable, score
+from attnplan.profiling import Workload, model_record
+from attnplan.scoring import ScoreTable
 from attnplan.search.budget import Budget, BudgetError
-from attnplan.search.candidates import candidates as offered
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Problem
 from attnplan.search.solve import solve
-from attnplan.timing import candidate_name, measure_device, spell, timings
+from attnplan.timing import candidate_name, spell, timings
 
 HEADERS = (
     "method",
@@ -91,18 +91,8 @@ def league(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be more than 0 and at most 1, got {density}")
-    progress = progress or Quiet()
-    progress.stage("Profiling", work.texts + 1)
-    run = profile(loaded, work, store, files, progress.advance)
-    found, length = loaded.identity, work.context
-    shape = AttentionShape(1, found.heads, found.kv_heads, length, length, found.head_dim)
-    candidates = offered(shape)
-    progress.stage("Scoring candidates", work.texts + 1)
-    scores = score(loaded, work, store, files, run, candidates, progress.advance)
-    progress.stage("Timing kernels", None)
-    costs = measure_device(
-        loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
-    )
+    run, scores, costs = prepare(loaded, work, store, files, repeats, progress or Quiet())
+    shape = loaded.identity.prefill_shape(work.context)
     statistics = _statistics(store.head_profiles(run.id, arrays=False))
     stored = timings(loaded, work, store, costs.device)
     ms = {timing.approximation: timing.median_ms for timing in stored}
@@ -110,11 +100,15 @@ def league(
     key = records.MeasurementKey(
         model=model_record(loaded),
         kind="league",
-        subject=digest([candidate_name(a) for a in candidates]),
-        conditions={"run": run.id, "density": density, "device": costs.device.digest},
+        subject=digest([candidate_name(a) for a in scores.candidates]),
+        conditions={
+            "run": run.id,
+            "density": density,
+            "device": costs.device.digest,
+            "engine": engine_digest(costs.device.kind),
+        },
     )
-    if store.load_measurement(key) is None:
-        store.save_measurement(key, {"entries": [asdict(entry) for entry in entries]})
+    store.save_measurement(key, {"entries": [asdict(entry) for entry in entries]})
     return entries
 
 
@@ -217,7 +211,7 @@ def _own_choice(
     """Predicted KL when heads choose among dense and `members` within a mean density."""
     fisher = np.full_like(scores.texts, np.inf)
     fisher[:, :, [0, *members]] = scores.texts[:, :, [0, *members]]
-    choices: tuple[Approximation, ...] = scores.candidates
+    choices = scores.candidates
     heads = scores.texts.shape[1]
     problem = Problem(
         names=tuple(candidate_name(a) for a in choices),

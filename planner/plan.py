@@ -29,7 +29,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,7 +37,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, Compressor, Moments, Selector
+from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.plan_yaml import PlanError, plain
 
 __all__ = ["ModelIdentity", "Plan", "PlanError", "Section", "Target"]
@@ -72,6 +71,10 @@ class ModelIdentity:
     rope: Mapping[str, Any]
     max_context: int | None
     weights: str
+
+    def prefill_shape(self, length: int) -> AttentionShape:
+        """Sizes of a layer's attention while one text of `length` tokens is read."""
+        return AttentionShape(1, self.heads, self.kv_heads, length, length, self.head_dim)
 
     @property
     def fingerprint(self) -> str:
@@ -320,14 +323,7 @@ def method_names(approximations: Iterable[Approximation]) -> dict[str, Approxima
 def needed_data(approximation: Approximation, model: ModelIdentity) -> set[str]:
     """Names of the fitted tensors that an approximation reads."""
     parts = [approximation.near] + ([approximation.far] if approximation.far else [])
-    return set().union(*(_data_names(type(part), model.head_dim) for part in parts))
-
-
-@cache
-def _data_names(method: type[Selector] | type[Compressor], head_dim: int) -> frozenset[str]:
-    """What a method fits, found by fitting it to one head of white noise."""
-    mean, gram = torch.zeros(1, head_dim), torch.eye(head_dim)[None]
-    return frozenset(method.fit(Moments(mean, gram, mean, gram)))
+    return set().union(*(catalog.fitted_names(model.head_dim, type(part)) for part in parts))
 
 
 def _knobs(approximation: Approximation) -> dict[str, Any]:

@@ -220,9 +220,7 @@ class Planner:
 
     @property
     def shape(self) -> AttentionShape:
-        found = self.loaded.identity
-        length = self.work.context
-        return AttentionShape(1, found.heads, found.kv_heads, length, length, found.head_dim)
+        return self.loaded.identity.prefill_shape(self.work.context)
 
     def problem(self, corrections: Corrections) -> Problem:
         """The separable problem with corrections learnt from measurements."""
@@ -347,6 +345,27 @@ class Planner:
         )
 
 
+def prepare(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    files: CaptureFiles,
+    repeats: int,
+    progress: Progress,
+) -> tuple[records.ProfileRun, ScoreTable, DeviceCosts]:
+    """What every candidate loses on every head and costs here; only what is missing is measured."""
+    progress.stage("Profiling", work.texts + 1)
+    run = profile(loaded, work, store, files, progress.advance)
+    candidates = offered(loaded.identity.prefill_shape(work.context))
+    progress.stage("Scoring candidates", work.texts + 1)
+    scores = score(loaded, work, store, files, run, candidates, progress.advance)
+    progress.stage("Timing kernels", None)
+    costs = measure_device(
+        loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
+    )
+    return run, scores, costs
+
+
 def plan(
     loaded: LoadedModel,
     work: Workload,
@@ -373,18 +392,7 @@ def plan(
         BudgetError: the budget is out of reach by the cost models alone.
     """
     progress = progress or Quiet()
-    progress.stage("Profiling", work.texts + 1)
-    run = profile(loaded, work, store, files, progress.advance)
-    found = loaded.identity
-    length = work.context
-    shape = AttentionShape(1, found.heads, found.kv_heads, length, length, found.head_dim)
-    candidates = offered(shape)
-    progress.stage("Scoring candidates", work.texts + 1)
-    scores = score(loaded, work, store, files, run, candidates, progress.advance)
-    progress.stage("Timing kernels", None)
-    costs = measure_device(
-        loaded, work, store, run, candidates, repeats=request.repeats, advance=progress.advance
-    )
+    run, scores, costs = prepare(loaded, work, store, files, request.repeats, progress)
     planner = Planner(
         loaded,
         work,

@@ -18,7 +18,7 @@ import torch
 
 from attnplan.evaluate import original, prefill_latency
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.benchmark import Timing, device_name, measure_layer
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
@@ -182,15 +182,11 @@ def _inputs(
     )
 
 
-def _shape(loaded: LoadedModel, context: int) -> AttentionShape:
-    found = loaded.identity
-    return AttentionShape(1, found.heads, found.kv_heads, context, context, found.head_dim)
-
-
 def timings(
     loaded: LoadedModel, work: Workload, store: Store, device: records.DeviceIdentity
 ) -> list[records.KernelTiming]:
-    shape = _shape(loaded, work.context)
+    """What is stored of a device at this shape, with the engine as it is now."""
+    shape = loaded.identity.prefill_shape(work.context)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     engine = engine_digest(device.kind)
     return [

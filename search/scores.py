@@ -8,6 +8,7 @@ spread evenly over the text, with the engine that will run the plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ class CandidateScores:
     """Scores of one layer on one text, [heads, candidates]; nan where not offered.
 
     Attributes:
-        fisher: mean over positions of (g . d)^2, in nats per token (times two).
+        fisher: mean over positions of (g . d)^2, in nats per token (times two); inf where an
+            output is not finite, so that the head is not offered the candidate.
         relative_error: ||d|| / ||o|| over the sampled positions.
         positions: how many positions were sampled.
     """
@@ -101,9 +103,10 @@ def score_layer(
             some = inputs.heads(wanted)
             change = _output(candidate, some, blocks)[0][:, real].float() - exact[list(wanted)]
             cost = _cost(observed, list(wanted), rows, change)
-            fisher[list(wanted), c] = cost.cpu().numpy()
+            fisher[list(wanted), c] = cost.nan_to_num(nan=math.inf).cpu().numpy()
             squares = change.square().sum((1, 2)).double()
-            error[list(wanted), c] = (squares / norm[list(wanted)]).sqrt().cpu().numpy()
+            relative = (squares / norm[list(wanted)]).sqrt()
+            error[list(wanted), c] = relative.nan_to_num(nan=math.inf).cpu().numpy()
     return CandidateScores(fisher, error, len(rows))
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.attention import all_blocks, dense, moments, run
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.engines import reference
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK
@@ -17,15 +18,6 @@ LONG = AttentionShape(1, 4, 2, 1024, 1024, 16)
 CHOICES = list(catalog.choices(LONG))
 NEAR = [a for a in CHOICES if a.far is None]
 ONE_EACH = list({a.name: a for a in CHOICES}.values())
-
-
-def moments(query: torch.Tensor, key: torch.Tensor) -> Moments:
-    return Moments(
-        query.mean((0, 2)),
-        torch.einsum("bhid,bhie->hde", query, query) / (query.shape[0] * query.shape[2]),
-        key.mean((0, 2)),
-        torch.einsum("bhid,bhie->hde", key, key) / (key.shape[0] * key.shape[2]),
-    )
 
 
 def call(
@@ -53,30 +45,6 @@ def call(
     return Inputs.of_layer(
         query, key, randn(kv_heads, keys), scale=head_dim**-0.5, start=start, fitted=fitted
     )
-
-
-def all_blocks(inputs: Inputs) -> torch.Tensor:
-    return torch.arange(inputs.blocks)
-
-
-def run(approximation: Approximation, inputs: Inputs) -> torch.Tensor:
-    tiles, slots = approximation.tiles(inputs, all_blocks(inputs))
-    return reference.attend(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        scale=inputs.scale,
-        kv_head=inputs.kv_head,
-        tiles=tiles,
-        slots=slots,
-    )[0]
-
-
-def dense(inputs: Inputs) -> torch.Tensor:
-    heads = list(inputs.kv_head)
-    return reference.masked(
-        inputs.query, inputs.key[:, heads], inputs.value[:, heads], causal(inputs), inputs.scale
-    )[0]
 
 
 CALLS = {

@@ -311,7 +311,7 @@ def test_compare_lists_every_method(run: Run, folder: Path) -> None:
 
 def test_compare_refuses_a_density_out_of_range(run: Run) -> None:
     found = run("compare", "tiny", *SMALL, "--density", 1.5)
-    assert found.code == 2 and "--density must be more than 0 and at most 1, got 1.5" in found.err
+    assert found.code == 2 and "density must be more than 0 and at most 1, got 1.5" in found.err
 
 
 @pytest.fixture

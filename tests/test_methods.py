@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tests.attention import all_blocks, dense, moments, run
 from torch import Tensor
 
 from attnplan.kernels import balance, catalog
-from attnplan.kernels.approximation import Approximation, Inputs, Moments
+from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.far.wildcat import _pivots
 from attnplan.kernels.kernel_slots import gaussian
@@ -28,13 +29,7 @@ def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float6
         return torch.randn(1, heads, queries, 16, generator=generator, dtype=torch.float64)
 
     query, key, value = randn(4) * 1.2 + 0.4, randn(2) + 0.6, randn(2)
-    moments = Moments(
-        query.mean((0, 2)),
-        torch.einsum("bhid,bhie->hde", query, query) / queries,
-        key.mean((0, 2)),
-        torch.einsum("bhid,bhie->hde", key, key) / queries,
-    )
-    fitted = catalog.fit(moments)
+    fitted = catalog.fit(moments(query, key))
     tensors = (t.to(dtype) for t in (query, key, value))
     return Inputs.of_layer(*tensors, scale=0.25, fitted=fitted)
 
@@ -42,26 +37,6 @@ def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float6
 def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
     near = {"name": "window", "window": window}
     return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
-
-
-def run(approximation: Approximation, inputs: Inputs, engine: object = reference) -> Tensor:
-    tiles, slots = approximation.tiles(inputs, torch.arange(inputs.blocks))
-    output: Tensor = engine.attend(  # type: ignore[attr-defined]
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        scale=inputs.scale,
-        kv_head=inputs.kv_head,
-        tiles=tiles,
-        slots=slots,
-    )[0]
-    return output
-
-
-def dense(inputs: Inputs) -> Tensor:
-    heads = list(inputs.kv_head)
-    key, value = inputs.key[:, heads], inputs.value[:, heads]
-    return reference.masked(inputs.query, key, value, causal(inputs), inputs.scale)[0]
 
 
 def error(approximation: Approximation, inputs: Inputs) -> float:
@@ -114,31 +89,25 @@ def test_centroids_never_count_more_mass_than_their_keys() -> None:
     """Jensen: n e^{q.mean k} <= sum e^{q.k}."""
     inputs = text()
     approximation = pair("multipole", chunk=64, slots=8)
-    tiles, slots = approximation.tiles(inputs, torch.arange(inputs.blocks))
+    tiles, slots = approximation.tiles(inputs, all_blocks(inputs))
     options = {"scale": inputs.scale, "kv_head": inputs.kv_head}
     tensors = (inputs.query, inputs.key, inputs.value)
     _, mass = reference.attend(*tensors, **options, tiles=tiles, slots=slots)  # type: ignore[arg-type]
-    all_keys = catalog.DENSE.tiles(inputs, torch.arange(inputs.blocks))[0]
+    all_keys = catalog.DENSE.tiles(inputs, all_blocks(inputs))[0]
     _, true = reference.attend(*tensors, **options, tiles=all_keys)  # type: ignore[arg-type]
     assert bool((mass <= true + 1e-12).all()) and bool((mass < true - 1e-3).any())
 
 
 def test_balancing_keeps_products_and_shortens_vectors() -> None:
     inputs = text(4000)
-    fitted = balance.fit(
-        Moments(
-            inputs.query.mean((0, 2)),
-            torch.einsum("bhid,bhie->hde", inputs.query, inputs.query) / 4000,
-            inputs.key.mean((0, 2)),
-            torch.einsum("bhid,bhie->hde", inputs.key * 5, inputs.key * 5) / 4000,
-        )
-    )
+    inputs = dataclasses.replace(inputs, key=inputs.key * 5)
+    fitted = balance.fit(moments(inputs.query, inputs.key))
     query_map, key_map = (fitted[f"balanced.{n}"].double() for n in ("query_map", "key_map"))
     torch.testing.assert_close(
         query_map @ key_map.mT, torch.eye(16).double().expand(4, 16, 16), rtol=0, atol=1e-5
     )
     query = inputs.query[0] - inputs.query[0].mean(1, keepdim=True)
-    key = inputs.key[0, list(inputs.kv_head)] * 5
+    key = inputs.key[0, list(inputs.kv_head)]
     key = key - key.mean(1, keepdim=True)
     plain = (query.square().sum(-1) + key.square().sum(-1)).mean()
     balanced = (query @ query_map).square().sum(-1) + (key @ key_map).square().sum(-1)
@@ -191,8 +160,7 @@ def test_antidiagonals_find_a_planted_block() -> None:
     key[:, :, 64 * 4 : 64 * 5] += 2 * inputs.query[:, ::2].mean(2, keepdim=True)
     inputs = dataclasses.replace(inputs, key=key)
     method = catalog.from_dict({"near": {"name": "antidiagonal", "top": 1}}).near
-    tiles = method.near(inputs, torch.tensor([11]))
-    assert bool((tiles.tiles[:, 1] == 4).any())
+    assert bool(method.keep(inputs)[:, ::2, 64 * 11 :, 64 * 4 : 64 * 5].all())
 
 
 def test_heavy_hitters_find_a_planted_key() -> None:
@@ -240,6 +208,6 @@ def test_hazards_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
     key[:, :, 80:120] = key[:, :, 80:81]
     query[:, :, 300:310] *= 8
     inputs = dataclasses.replace(inputs, key=key, query=query)
-    output = run(pair(name, chunk=64, slots=8), inputs, cpu)
+    output = run(pair(name, chunk=64, slots=8), inputs, cpu.attend)
     assert bool(output.isfinite().all())
     assert float(output.float().abs().amax()) < 50 * float(inputs.value.float().abs().amax())

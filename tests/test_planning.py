@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -189,6 +190,26 @@ def test_stored_scores_predict_the_measured_kl(job: Job, outcome: Outcome | str)
     quality = reference.quality(lambda: running(job.loaded.model, layers, fitted))
     predicted = float(table.texts[0, :, column].sum())
     assert quality.kl_per_token / 3 < predicted < quality.kl_per_token * 3
+
+
+def test_a_profile_older_than_a_method_is_fitted_again_without_the_model(
+    job: Job, outcome: Outcome | str
+) -> None:
+    """What a new method fits comes from the stored statistics."""
+    with Store(job.url) as store:
+        run = store.runs()[0]
+        before = store.load_fitted(run.id)
+    with sqlite3.connect(job.folder / "store.db") as connection:
+        connection.execute("delete from fitted where name like 'balanced.%'")
+    nowhere = capture_files(run_key(job.loaded, job.work), Path("/nowhere"))
+    with Store(job.url) as store:
+        assert not any(n.startswith("balanced.") for n in store.load_fitted(run.id)[0])
+        assert profile(job.loaded, job.work, store, nowhere) == run
+        after = store.load_fitted(run.id)
+    assert all(set(after[layer]) == catalog.fitted_names(16) for layer in range(2))
+    for layer, data in before.items():
+        for name, array in data.items():
+            np.testing.assert_array_equal(after[layer][name], array)
 
 
 def test_an_interrupted_profile_goes_on_with_the_next_text(job: Job, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.attention import moments
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.engines import reference
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.tile_list import BLOCK
@@ -31,15 +32,9 @@ def randn(*size: int, seed: int) -> Tensor:
 
 def observed(queries: int = 400, *, gradient: bool = True, projection: bool = True) -> Observed:
     query, key = randn(1, 4, queries, 16, seed=0) + 0.5, randn(1, 2, queries, 16, seed=1) + 0.5
-    moments = Moments(
-        query.mean((0, 2)),
-        torch.einsum("bhid,bhie->hde", query, query) / queries,
-        key.mean((0, 2)),
-        torch.einsum("bhid,bhie->hde", key, key) / queries,
-    )
     value = randn(1, 2, queries, 16, seed=2)
     return Observed(
-        Inputs.of_layer(query, key, value, scale=0.25, fitted=catalog.fit(moments)),
+        Inputs.of_layer(query, key, value, scale=0.25, fitted=catalog.fit(moments(query, key))),
         randn(1, 4, queries, 16, seed=3) if gradient else None,
         torch.tensor([1.0, 2.0, 0.5, 3.0]) if projection else None,
     )
@@ -101,6 +96,18 @@ def test_keeping_everything_loses_nothing() -> None:
     assert not scores.fisher[:, 0].any() and not scores.relative_error[:, 0].any()
     assert scores.relative_error.max() < 1e-6  # rounding of float32 sums
     assert scores.fisher.max() < 1e-11
+
+
+def test_an_output_that_is_no_number_loses_everything() -> None:
+    """It can be stored, and no solver takes it."""
+    seen = observed()
+    seen.inputs.value[0, 1, 30] = float("inf")  # of heads 2 and 3
+    scores = score_layer(seen, ONE_EACH, offered(ONE_EACH), ALL_BLOCKS)
+    broken = np.isinf(scores.fisher).all(1)
+    others = [c for c, candidate in enumerate(ONE_EACH) if not candidate.is_dense]
+    assert np.isfinite(scores.fisher[:2]).all() and not broken[:2].any()
+    assert (scores.fisher[2:, others] == np.inf).all()
+    assert (scores.relative_error[2:, others] == np.inf).all()
 
 
 def test_only_what_is_offered_is_scored() -> None:

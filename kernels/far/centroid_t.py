@@ -15,14 +15,13 @@ field); the absorption of the mean query and the metric are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import Inputs, Moments
 from attnplan.kernels.slot_chunks import (
     ChunkCompressor,
     Chunks,
@@ -42,16 +41,10 @@ class CentroidT(ChunkCompressor):
 
     name: ClassVar[str] = "centroid_t"
     predictor: ClassVar[str] = "cluster_inertia"
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((64, 8), (256, 16))
     mean_name: ClassVar[str | None] = "centroid_t.query_mean"
 
     chunk: int = 256
-    slots: int = 16
-
-    @classmethod
-    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for chunk, slots in ((64, 8), (256, 16)):
-            if 3 * chunk <= shape.keys:
-                yield cls(chunk, slots)
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         metric = inputs.fitted_tensor("centroid_t.metric")[list(chunks.head)].to(chunks.key.dtype)

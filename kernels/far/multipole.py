@@ -11,11 +11,10 @@ is what the near field of the pair does), and clusters begin at keys at equal di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from attnplan.kernels.approximation import AttentionShape, Inputs
+from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.slot_chunks import (
     ChunkCompressor,
     Chunks,
@@ -35,14 +34,6 @@ class Multipole(ChunkCompressor):
 
     name: ClassVar[str] = "multipole"
     predictor: ClassVar[str] = "cluster_inertia"
-
-    chunk: int = 128
-    slots: int = 16
-
-    @classmethod
-    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 3 * 128 <= shape.keys:
-            yield cls(128, 16)
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         seed, _ = pick(chunks.weight, self.slots, 0.0)

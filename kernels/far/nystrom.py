@@ -16,15 +16,14 @@ the pseudo-inverse is a ridge solve, whose ridge is a knob, because converging i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import Inputs, Moments
 from attnplan.kernels.kernel_slots import gaussian, lifted, points
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
@@ -37,19 +36,12 @@ class Nystrom(ChunkCompressor):
     predictor: ClassVar[str] = "random_feature_exponent"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
 
-    chunk: int = 128
-    slots: int = 16
     ridge: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.ridge <= 12:
             raise ValueError(f"ridge is 10^-ridge, 0 to 12, got {self.ridge}")
-
-    @classmethod
-    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 3 * 128 <= shape.keys:
-            yield cls(128, 16)
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         run = torch.arange(self.chunk, device=chunks.key.device) * self.slots // self.chunk

@@ -13,14 +13,13 @@ drawn, and the draws are systematic: at equal distances in the cumulated chances
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import Inputs, Moments
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, pick, take
 
 
@@ -32,19 +31,12 @@ class SampledColumns(ChunkCompressor):
     predictor: ClassVar[str] = "effective_keys"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
 
-    chunk: int = 128
-    slots: int = 16
     uniform: int = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.uniform <= 100:
             raise ValueError(f"uniform must be 1 to 100 per cent, got {self.uniform}")
-
-    @classmethod
-    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 3 * 128 <= shape.keys:
-            yield cls(128, 16)
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         drawn, chance = pick(chunks.weight, self.slots, self.uniform / 100)

@@ -19,16 +19,15 @@ instead of clipping outputs. The draws follow a golden-ratio sequence, the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
-from attnplan.kernels.kernel_slots import gaussian, lifted, points
+from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels.kernel_slots import gaussian, lifted, log_shares, points
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, take
 
 GOLDEN = 0.6180339887498949
@@ -42,20 +41,9 @@ class Wildcat(ChunkCompressor):
     predictor: ClassVar[str] = "random_feature_exponent"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
 
-    chunk: int = 256
-    slots: int = 16
-
-    @classmethod
-    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 3 * 128 <= shape.keys:
-            yield cls(128, 16)
-
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         x = points(chunks.key, chunks, inputs)
-        log_share = chunks.weight.log() + x.square().sum(-1) / 2
-        top = log_share.amax(-1, keepdim=True)
-        share = (2 * (log_share - torch.where(top.isfinite(), top, 0.0))).exp()
-        drawn, factor = _pivots(x, share, self.slots)
+        drawn, factor = _pivots(x, (2 * log_shares(chunks, x)[0]).exp(), self.slots)
         corner = take(factor, drawn)  # [..., slots, slots], lower triangular
         unused = corner.diagonal(dim1=-2, dim2=-1) == 0
         corner = torch.where(unused[..., None], torch.zeros_like(corner), corner)

@@ -11,15 +11,13 @@ are computed in float32; ties go to the earlier block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.block_pattern import ScoredBlocks, pooled_keys, pooled_queries
-from attnplan.kernels.tile_list import BLOCK
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,14 @@ class BlockTopK(ScoredBlocks):
     name: ClassVar[str] = "block_topk"
     predictor: ClassVar[str] = "top_block_mass_4"
 
-    @classmethod
-    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for top, local in ((2, 2), (4, 2), (8, 2), (8, 4), (16, 4), (32, 4)):
-            if (top + local + 1) * BLOCK < shape.keys:
-                yield cls(top, local)
+    settings: ClassVar[tuple[tuple[int, int], ...]] = (
+        (2, 2),
+        (4, 2),
+        (8, 2),
+        (8, 4),
+        (16, 4),
+        (32, 4),
+    )
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         keys = pooled_keys(inputs)[:, list(inputs.kv_head)]  # [batch, heads, key blocks, head_dim]

@@ -1,6 +1,6 @@
 """Heavy hitters: the keys that recent queries paid most attention to.
 
-Before every segment of 256 queries, the last `observers` queries are attended to exactly; a key's
+Before every segment, the last `observers` queries are attended to exactly; a key's
 score is the probability that they gave it in total, averaged over `POOL` neighbours. The `top` keys
 stay for the whole segment, beside sinks and the recent keys (`segment_columns`).
 

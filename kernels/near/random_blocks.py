@@ -2,7 +2,7 @@
 
     keep(i, j) = j <= i and (i - j < window or j < sinks or block(j) in R(block(i)))
 
-R(I) holds up to `blocks` key blocks before block I, drawn once and for all by a hash of I.
+R(I) holds up to `blocks` key blocks before block I, drawn once and for all from the seed and I.
 
 Source: Zaheer et al., Big Bird, https://arxiv.org/abs/2007.14062, section 2. Unlike the paper, keys
 after the query are never read, global tokens are the sinks, and the window counts keys. A model
@@ -80,12 +80,5 @@ class RandomBlocks(StaticPattern):
 @lru_cache(maxsize=65536)
 def _drawn(block: int, count: int, seed: int) -> tuple[int, ...]:
     """Up to `count` different blocks before `block`."""
-    drawn: list[int] = []
-    state = (block * 0x9E3779B1 + seed * 0x85EBCA77 + 1) & 0xFFFFFFFF or 1
-    while len(drawn) < min(count, block):
-        state ^= (state << 13) & 0xFFFFFFFF
-        state ^= state >> 17
-        state ^= (state << 5) & 0xFFFFFFFF
-        if state % block not in drawn:
-            drawn.append(state % block)
-    return tuple(sorted(drawn))
+    generator = torch.Generator().manual_seed((seed << 32) + block)
+    return tuple(sorted(torch.randperm(block, generator=generator)[:count].tolist()))

@@ -46,7 +46,7 @@ class Window(StaticPattern):
         if shape.keys > 256:
             yield cls(128, 64)
 
-    def pairs(self, shape: AttentionShape) -> bool:
+    def tried_with_far(self, shape: AttentionShape) -> bool:
         """Every second window, as long as it leaves most of the text to the far field."""
         return self.window in (32, 128, 512) and self.sinks == 4 and 8 * self.window <= shape.keys
 

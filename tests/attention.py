@@ -1,0 +1,48 @@
+"""An approximation against dense attention, for tests of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from attnplan.kernels.approximation import Approximation, Inputs, Moments
+from attnplan.kernels.engines import reference
+from attnplan.kernels.pattern import causal
+
+Engine = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def moments(query: torch.Tensor, key: torch.Tensor) -> Moments:
+    return Moments(
+        query.mean((0, 2)),
+        torch.einsum("bhid,bhie->hde", query, query) / (query.shape[0] * query.shape[2]),
+        key.mean((0, 2)),
+        torch.einsum("bhid,bhie->hde", key, key) / (key.shape[0] * key.shape[2]),
+    )
+
+
+def all_blocks(inputs: Inputs) -> torch.Tensor:
+    return torch.arange(inputs.blocks)
+
+
+def run(
+    approximation: Approximation, inputs: Inputs, attend: Engine = reference.attend
+) -> torch.Tensor:
+    tiles, slots = approximation.tiles(inputs, all_blocks(inputs))
+    return attend(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        scale=inputs.scale,
+        kv_head=inputs.kv_head,
+        tiles=tiles,
+        slots=slots,
+    )[0]
+
+
+def dense(inputs: Inputs) -> torch.Tensor:
+    heads = list(inputs.kv_head)
+    return reference.masked(
+        inputs.query, inputs.key[:, heads], inputs.value[:, heads], causal(inputs), inputs.scale
+    )[0]
