@@ -36,6 +36,7 @@ from attnplan.kernels.near.lsh import LSH
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.random_blocks import RandomBlocks
 from attnplan.kernels.near.strided import Strided
+from attnplan.kernels.near.two_stage import TwoStage
 from attnplan.kernels.near.vertical_slash import VerticalSlash
 from attnplan.kernels.near.window import Window
 
@@ -55,6 +56,7 @@ NEAR: dict[str, type[Selector]] = {
         Antidiagonal,
         LSH,
         Loki,
+        TwoStage,
     )
 }
 FAR: dict[str, type[Compressor]] = {

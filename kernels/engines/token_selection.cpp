@@ -246,6 +246,126 @@ extern "C" int attnplan_top_tokens(const TopCall* call) {
     return 0;
 }
 
+namespace {
+
+constexpr int64_t SIEVE = 16;  // keys per block of the sieve
+
+struct SieveCall {
+    int64_t batch, heads, kv_heads, queries, keys, rank, blocks, top, sinks, threads;
+    const float* query;      // [batch, heads, queries, rank]
+    const float* key;        // [batch, kv_heads, keys, rank]
+    const int32_t* kv_head;  // [heads]
+    const int32_t* start;    // [batch]
+    const int32_t* high;     // [queries]
+    int32_t* out;            // [batch, heads, queries, top]
+};
+
+// Keys of one kv head by block [count][rank][SIEVE], and the largest and smallest of every
+// coordinate of a block, [2 * rank][width].
+void pack_blocks(const float* key, int64_t keys, int64_t rank, int64_t width, float* by_block,
+                 float* bounds) {
+    for (int64_t block = 0; block * SIEVE < keys; block++) {
+        int64_t count = std::min(SIEVE, keys - block * SIEVE);
+        for (int64_t k = 0; k < rank; k++) {
+            float* column = by_block + (block * rank + k) * SIEVE;
+            float most = -std::numeric_limits<float>::infinity(), least = -most;
+            for (int64_t j = 0; j < count; j++) {
+                float x = key[(block * SIEVE + j) * rank + k];
+                column[j] = x;
+                most = std::max(most, x), least = std::min(least, x);
+            }
+            for (int64_t j = count; j < SIEVE; j++) column[j] = 0;
+            bounds[k * width + block] = most;
+            bounds[(rank + k) * width + block] = least;
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" int attnplan_sieved_tokens(const SieveCall* call) {
+    const SieveCall& c = *call;
+    int64_t most = (c.keys + SIEVE - 1) / SIEVE, width = (most + 2 * W - 1) / W * W;
+    int64_t packed = most * SIEVE * c.rank;
+    std::vector<float> by_block(c.batch * c.kv_heads * packed);
+    std::vector<float> bounds(c.batch * c.kv_heads * 2 * c.rank * width);
+    int64_t groups = (c.queries + R - 1) / R, items = c.batch * c.heads * groups;
+    std::atomic<int64_t> next(0);
+#pragma omp parallel num_threads((int)c.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < c.batch * c.kv_heads; h++) {
+            int64_t start = c.start[h / c.kv_heads];
+            pack_blocks(c.key + (h * c.keys + start) * c.rank, c.keys - start, c.rank, width,
+                        by_block.data() + h * packed, bounds.data() + h * 2 * c.rank * width);
+        }
+        int64_t scored = c.blocks * SIEVE;
+        Buffers s(width, c.blocks), t(scored + 2 * W, c.top);
+        std::vector<float> signs(R * 2 * c.rank);
+        std::vector<int32_t> chosen(c.blocks + 1), found(scored + 2 * W), place(scored + 2 * W);
+        for (int64_t item; (item = next++) < items;) {
+            int64_t bh = item / groups, b = bh / c.heads, first_row = item % groups * R;
+            int64_t count = std::min<int64_t>(R, c.queries - first_row), start = c.start[b];
+            int64_t kv = b * c.kv_heads + c.kv_head[bh % c.heads], end = 0;
+            const float* rows[R];
+            for (int64_t r = 0; r < R; r++) {
+                int64_t i = first_row + std::min(r, count - 1);
+                const float* q = c.query + (bh * c.queries + i) * c.rank;
+                float* sign = signs.data() + r * 2 * c.rank;
+                for (int64_t k = 0; k < c.rank; k++)
+                    sign[k] = std::max(q[k], 0.f), sign[c.rank + k] = std::min(q[k], 0.f);
+                rows[r] = sign;
+                end = std::max<int64_t>(end, std::min<int64_t>(c.high[i], c.keys) - start);
+            }
+            int64_t whole = (end + SIEVE - 1) / SIEVE, first = c.sinks / SIEVE;
+            if (whole - first > c.blocks)
+                score(rows, bounds.data() + kv * 2 * c.rank * width, width, 2 * c.rank,
+                      first / W * W, (whole + W - 1) / W * W, s.score.data(), width);
+            for (int64_t r = 0; r < count; r++) {
+                int64_t i = first_row + r, to = std::min<int64_t>(c.high[i], c.keys) - start;
+                int32_t* out = c.out + (bh * c.queries + i) * c.top;
+                int64_t last = std::max((to + SIEVE - 1) / SIEVE, first);
+                int64_t kept = to > c.sinks ? std::min(last - first, c.blocks) : 0;
+                if (last - first > c.blocks) {
+                    int32_t* x = s.score.data() + r * width;
+                    int64_t from = first / W * W, stop = (last + W - 1) / W * W;
+                    for (int64_t j = from; j < first; j++) x[j] = LOWEST;
+                    for (int64_t j = last; j < stop; j++) x[j] = LOWEST;
+                    select(x + from, last - from, c.blocks, s, chosen.data());
+                    for (int64_t j = 0; j < kept; j++) chosen[j] += (int32_t)from;
+                } else {
+                    for (int64_t j = 0; j < kept; j++) chosen[j] = (int32_t)(first + j);
+                }
+                const float* q = c.query + (bh * c.queries + i) * c.rank;
+                int64_t size = 0;
+                for (int64_t j = 0; j < kept; j++) {
+                    const float* key = by_block.data() + kv * packed + chosen[j] * c.rank * SIEVE;
+                    int32_t scores[SIEVE];
+                    for (int64_t w = 0; w < SIEVE; w += W) {
+                        vec sum = {};
+                        for (int64_t k = 0; k < c.rank; k++) sum += q[k] * load(key + k * SIEVE + w);
+                        store(scores + w, ordered(sum));
+                    }
+                    int64_t at = chosen[j] * SIEVE, low = std::max<int64_t>(c.sinks - at, 0);
+                    int64_t high = std::min(SIEVE, to - at);
+                    for (int64_t w = low; w < high; w++) {
+                        found[size] = scores[w];
+                        place[size++] = (int32_t)(start + at + w);
+                    }
+                }
+                if (size <= c.top) {
+                    for (int64_t x = 0; x < c.top; x++) out[x] = x < size ? place[x] : -1;
+                    continue;
+                }
+                for (int64_t x = size; x < (size + W - 1) / W * W; x++) found[x] = LOWEST;
+                select(found.data(), size, c.top, t, out);
+                for (int64_t x = 0; x < c.top; x++) out[x] = place[out[x]];
+            }
+        }
+    }
+    return 0;
+}
+
 // The union of the keys that the rows of a block chose, as a bit per key.
 static int64_t unite(const int32_t* tokens, int64_t count, int64_t keys, uint64_t* bits) {
     int64_t words = (keys + 63) / 64;

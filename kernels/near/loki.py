@@ -69,7 +69,7 @@ class Loki(Selector):
         return tile_list.concat([windows, pack_tokens(tokens, inputs.key.shape[2])])
 
     def keep(self, inputs: Inputs) -> Tensor:
-        query_map, key_map = self._maps(inputs)
+        query_map, key_map = self.maps(inputs)
         wide = torch.promote_types(inputs.query.dtype, torch.float32)
         query = inputs.query.to(wide) @ query_map.to(wide)
         key = (inputs.key.to(wide) @ key_map.to(wide))[:, list(inputs.kv_head)]
@@ -104,7 +104,7 @@ class Loki(Selector):
             "loki.key_map": (query_root @ left * inverse).float(),
         }
 
-    def _maps(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def maps(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Projections of queries [heads, head_dim, rank] and keys [kv_heads, head_dim, rank]."""
         query_map = inputs.fitted_tensor("loki.query_map")[list(inputs.kv_head), :, : self.rank]
         return query_map, inputs.fitted_tensor("loki.key_map")[:, :, : self.rank]
@@ -113,7 +113,7 @@ class Loki(Selector):
 def _tokens(selectors: Sequence[Loki], inputs: Inputs, blocks: Tensor) -> Tensor:
     """The keys that every query of every head chooses; int32 [batch, heads, queries, most]."""
     widest = max(selectors, key=lambda s: s.rank)
-    query_map, key_map = widest._maps(inputs)
+    query_map, key_map = widest.maps(inputs)
     position = inputs.positions(blocks).flatten()  # -1 past the last query
     device = position.device
     start = torch.tensor(inputs.start, device=device)[:, None, None]
