@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.evaluate import Reference, induction_accuracy, original, prefill_latency
@@ -31,6 +32,7 @@ from attnplan.scoring import ScoreTable, score
 from attnplan.search import baselines
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates as offered
+from attnplan.search.corrections import Corrections as SearchCorrections
 from attnplan.search.evaluation import Evaluated
 from attnplan.search.problem import Assignment, Problem
 from attnplan.search.problem import digest as assignment_digest
@@ -38,9 +40,9 @@ from attnplan.search.refine import refine
 from attnplan.search.solve import Solution, front, limits_of, meets, solve
 from attnplan.search.study import run_study
 from attnplan.timing import DeviceCosts, candidate_name, measure_device
-from attnplan.verify import INDUCTION_LOSS, Layers, Measured, measure, misses, running
+from attnplan.verify import Layers, Measured, copies, measure, misses, running
 
-COPYING = 0.1
+COPYING = 0.2
 """Weight of the repeated random string among the scores; raised when the induction gate fails."""
 HELD_OUT = 1.15
 """How much more a plan is expected to lose on held-out than on calibration text."""
@@ -50,12 +52,14 @@ STRIDE = 4
 """The study compares every fourth position; verification compares all."""
 MEASURED_MARGIN = 0.85
 """The same, once the prediction is corrected by a plan that was verified."""
-CALIBRATIONS = 3
+CALIBRATIONS = 2
 """Prefills of solved plans that the cost model is corrected by, at most."""
-CLOSE = 0.02
+CLOSE = 0.03
 """A predicted prefill this close to the measured one needs no further correction."""
 ATTEMPTS = 5
-"""Plans that are verified before a budget is given up."""
+"""Searches before a budget is given up."""
+GATED = 4
+"""Plans of one search, best first, of which the first that still copies is taken."""
 
 
 class Progress(Protocol):
@@ -143,14 +147,18 @@ class Corrections:
             budget = replace(budget, max_ppl_ratio=budget.max_ppl_ratio ** (1 / self.kl))
         return budget
 
+    def copying_more(self) -> Corrections:
+        """Corrections under which the repeated string counts for more."""
+        return replace(self, copying=self.copying * 5)
+
     def learn(
         self, choice: Choice, assignment: Assignment, problem: Problem, budget: Budget
     ) -> Corrections:
         """Corrections under which the broken limits would have been seen coming."""
         measured = choice.measured
         learnt = self
-        if measured.induction < measured.induction_dense - INDUCTION_LOSS:
-            learnt = replace(learnt, copying=learnt.copying * 5)
+        if not copies(measured.induction, measured.induction_dense):
+            learnt = learnt.copying_more()
         excess = 1.0
         if budget.max_kl is not None:
             excess = max(excess, measured.quality.kl_per_token / budget.max_kl)
@@ -287,8 +295,8 @@ class Planner:
                 self.fitted,
                 self.reference,
                 self.shape,
-                induction_dense=self.induction_dense(),
-                seed=self.request.seed,
+                induction=self.induction(assignment),
+                induction_dense=self.induction(None),
                 repeats=self.request.repeats,
                 lengths=lengths,
                 advance=self.progress.advance,
@@ -319,17 +327,31 @@ class Planner:
         engine = engine_digest(self.loaded.model.device.type)
         return {"device": self.costs.device.digest, "engine": engine}
 
-    def induction_dense(self) -> float:
-        """What the original model copies; measured once."""
-        key = self._key("induction", None, {"seed": self.request.seed, "length": self.work.string})
+    def induction(self, assignment: Assignment | None) -> float:
+        """What the model copies under an assignment, or as it is; kept in the store."""
+        key = self._key(
+            "induction", assignment, {"seed": self.request.seed, "length": self.work.string}
+        )
         values = self.store.load_measurement(key)
         if values is None:
+            layers = None if assignment is None else self.layers(assignment)
             accuracy = induction_accuracy(
-                self.loaded.model, original, length=self.work.string, seed=self.request.seed
+                self.loaded.model,
+                lambda: (
+                    original()
+                    if layers is None
+                    else running(self.loaded.model, layers, self.fitted)
+                ),
+                length=self.work.string,
+                seed=self.request.seed,
             )
             values = {"accuracy": accuracy}
             self.store.save_measurement(key, values)
         return float(values["accuracy"])
+
+    def copies(self, assignment: Assignment) -> bool:
+        """Whether the model under an assignment passes the induction gate."""
+        return copies(self.induction(assignment), self.induction(None))
 
     def _key(
         self, kind: str, assignment: Assignment | None, conditions: dict[str, Any]
@@ -437,11 +459,14 @@ def _search(planner: Planner) -> Outcome:
             with _told(problem, request.budget):
                 best = _best(planner, problem, within, trials)
         except BudgetError:
-            if attempt == 0:
-                store.finish_search(search.id, "infeasible", {"attempts": []})
-                raise
-            break  # corrected by what was measured, the budget is out of reach
-        progress.stage(f"Verifying plan {attempt + 1}", None)
+            if attempts:
+                break  # corrected by what was measured, the budget is out of reach
+            store.finish_search(search.id, "infeasible", {"attempts": []})
+            raise
+        if attempt + 1 < ATTEMPTS and not planner.copies(best.assignment):
+            corrections = corrections.copying_more()
+            continue
+        progress.stage(f"Verifying plan {len(attempts) + 1}", None)
         choice = _measured(planner, "per head", best.assignment, problem)
         attempts.append(choice)
         if not choice.misses:
@@ -538,8 +563,10 @@ def _best(planner: Planner, problem: Problem, budget: Budget, trials: int) -> Ev
                 "" if kl is None else f"best KL {kl:.4f}"
             ),
         )
-        incumbent = result.best
-        multipliers = result.corrections.multipliers(problem)
+        progress.stage("Checking induction", None)
+        limits = limits_of(problem, budget)
+        incumbent, learnt = gated(result.ranked, limits, planner.copies)
+        multipliers = learnt.multipliers(problem)
     else:
         solution = solve(problem, budget)
         kls = tuple(planner.evaluate(solution.assignment, step) for step in range(steps))
@@ -557,7 +584,22 @@ def _best(planner: Planner, problem: Problem, budget: Budget, trials: int) -> Ev
         multipliers=multipliers,
         progress=lambda done, total, kl: progress.advance(f"KL {kl:.4f}"),
     )
+    progress.stage("Checking induction", None)
+    if planner.copies(incumbent.assignment) and not planner.copies(refined.best.assignment):
+        return incumbent
     return refined.best
+
+
+def gated(
+    ranked: Sequence[tuple[Evaluated, SearchCorrections]],
+    limits: NDArray[np.float64],
+    copies: Callable[[Assignment], bool],
+) -> tuple[Evaluated, SearchCorrections]:
+    """The first of some plans, best first, within the limits that copies; else the best."""
+    for evaluated, corrections in ranked[:GATED]:
+        if evaluated.violation(limits) == 0 and copies(evaluated.assignment):
+            return evaluated, corrections
+    return ranked[0]
 
 
 def _within(solution: Solution, problem: Problem, budget: Budget) -> bool:

@@ -63,16 +63,16 @@ class Evaluated:
         return excess if excess > 1e-9 else 0.0
 
 
-def best_of(
+def ranked(
     evaluated: Sequence[Evaluated], limits: NDArray[np.float64], objective: str
-) -> Evaluated:
-    """The lowest objective within the limits; the smallest violation where nothing is within."""
+) -> list[Evaluated]:
+    """The lowest objective within the limits first; then those outside, by violation."""
     k = OBJECTIVES[objective]
 
     def rank(candidate: Evaluated) -> tuple[float, float, float]:
         return candidate.violation(limits), float(candidate.totals[k]), candidate.kl
 
-    return min(evaluated, key=rank)
+    return sorted(evaluated, key=rank)
 
 
 def pareto(evaluated: Sequence[Evaluated], resource: int) -> tuple[Evaluated, ...]:

@@ -45,9 +45,9 @@ from attnplan.search.evaluation import (
     Evaluate,
     Evaluated,
     MeasureLatency,
-    best_of,
     finite_kl,
     pareto,
+    ranked,
 )
 from attnplan.search.problem import Assignment, Problem, digest, from_lists, to_lists
 from attnplan.search.solve import limits_of
@@ -93,18 +93,25 @@ class StudyResult:
     """What a study found.
 
     Attributes:
-        best: lowest objective within the budget as measured; else the smallest violation.
-        feasible: whether `best` is within the budget.
-        corrections: what led to `best`; neutral for a warm start.
+        ranked: what was evaluated and the corrections that led to it (neutral for a warm start):
+            lowest objective within the budget as measured first, then by violation.
+        feasible: whether the first is within the budget.
         trials: warm starts first, then trials by number.
         front: assignments that nothing beats in both measured KL and cost.
     """
 
-    best: Evaluated
+    ranked: tuple[tuple[Evaluated, Corrections], ...]
     feasible: bool
-    corrections: Corrections
     trials: tuple[TrialRow, ...]
     front: tuple[Evaluated, ...]
+
+    @property
+    def best(self) -> Evaluated:
+        return self.ranked[0][0]
+
+    @property
+    def corrections(self) -> Corrections:
+        return self.ranked[0][1]
 
 
 def run_study(
@@ -435,7 +442,7 @@ class _Study:
         evaluated = self._evaluated()
         if not evaluated:
             raise ValueError("the study has no completed trial: give at least one trial")
-        best = best_of(evaluated, self.limits, self.budget.objective)
+        best = ranked(evaluated, self.limits, self.budget.objective)
         rows = [
             self._row(None, "warm start", "complete", v, {})
             for k, v in sorted(self.study.user_attrs.items())
@@ -445,12 +452,13 @@ class _Study:
         for t in self.study.get_trials(deepcopy=False, states=states):
             origin = t.user_attrs.get("origin", "sampled")
             rows.append(self._row(t.number, origin, t.state.name.lower(), t.user_attrs, t.params))
-        params = next((row.params for row in rows if row.digest == best.digest), {})
-        corrections = from_params(params) if params else Corrections()
+        params = {row.digest: row.params for row in reversed(rows)}
         return StudyResult(
-            best=best,
-            feasible=best.violation(self.limits) == 0,
-            corrections=corrections,
+            ranked=tuple(
+                (e, from_params(params[e.digest]) if params[e.digest] else Corrections())
+                for e in best
+            ),
+            feasible=best[0].violation(self.limits) == 0,
             trials=tuple(rows),
             front=pareto(evaluated, self.cost),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.window import Window
 from attnplan.models import LoadedModel, load_model
 from attnplan.plan import Plan
-from attnplan.planning import Choice, Corrections, Outcome, Request, never_slower, plan
+from attnplan.planning import Choice, Corrections, Outcome, Request, gated, never_slower, plan
 from attnplan.profiles.calibration import TokenSet, load_sequences
 from attnplan.profiles.database import Store
 from attnplan.profiling import (
@@ -36,9 +36,11 @@ from attnplan.report import HEADERS, comparison, figures, lines, to_plan
 from attnplan.scoring import score
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates
-from attnplan.search.evaluation import BROKEN_KL
+from attnplan.search.corrections import Corrections as SearchCorrections
+from attnplan.search.evaluation import BROKEN_KL, Evaluated
 from attnplan.search.latency import LatencyModel
-from attnplan.search.problem import Problem
+from attnplan.search.problem import Assignment, Problem
+from attnplan.search.solve import limits_of
 from attnplan.timing import measure_device, parse, spell
 from attnplan.verify import Measured, crossover, density, misses, running
 
@@ -331,6 +333,31 @@ def test_density_is_the_mean_over_heads(job: Job) -> None:
     assert density([[DENSE] * 4, [DENSE] * 4], job.shape) == pytest.approx(1)
     mixed = density([[DENSE] * 4, [NARROW, NARROW, DENSE, DENSE]], job.shape)
     assert mixed == pytest.approx(0.75 + narrow / 4)
+
+
+def test_the_best_plan_that_copies_is_taken() -> None:
+    limits = limits_of(problem(), Budget(max_density=0.9))
+    rows = [np.zeros((2, 4), np.int64) for _ in range(6)]
+    for number, row in enumerate(rows[1:]):
+        row.flat[: number + 3] = 1
+    plans = [
+        (Evaluated(row, problem().predict(row), (kl,)), SearchCorrections(power=kl))
+        for row, kl in zip(rows, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), strict=True)
+    ]
+    asked: list[int] = []
+
+    def copies(among: set[int]) -> Callable[[Assignment], bool]:
+        asked.clear()
+
+        def answer(assignment: Assignment) -> bool:
+            asked.append(int(assignment.sum()))
+            return int(assignment.sum()) in among
+
+        return answer
+
+    # the first, all dense, is over the limit: it is not even asked
+    assert gated(plans, limits, copies({0, 4, 5})) == plans[2] and asked == [3, 4]
+    assert gated(plans, limits, copies({7})) == plans[0] and asked == [3, 4, 5]
 
 
 # What is learnt from a plan that missed
