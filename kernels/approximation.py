@@ -4,8 +4,9 @@
                        z_i = sum over near(i) of e^{s_ij}      +  sum over far(i) of e^{q_i.k_c + b_c} w_c
 
 The near field is exact softmax over the keys that a `Selector` chose; the far field is a set of
-slots (pseudo-keys) that a `Compressor` made of keys that the near field left out. An
-`Approximation` is a selector, with or without a compressor.
+slots (pseudo-keys) that a `Compressor` made of keys that the near field left out. A compressor may
+also sum over those keys itself, by a kernel other than the exponential: then it contributes a
+`Part` to n_i and z_i. An `Approximation` is a selector, with or without a compressor.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
+from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK, TileList
 
 
@@ -63,7 +65,8 @@ class Cost:
 
     Attributes:
         attention: scores and weighted values, over keys and slots.
-        selection: whatever it takes to choose the keys or to make the slots.
+        selection: whatever it takes to choose the keys, to make the slots, or to sum over keys
+            without tiles.
     """
 
     attention: float
@@ -319,19 +322,36 @@ class Compressor(ABC):
         At least `window` keys before the block's first query stay near.
         """
 
-    @abstractmethod
     def far(
         self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
     ) -> tuple[Slots | None, TileList]:
         """Slots for the keys in [start + sinks, floor), and the slot tiles of each query block.
 
-        No slots where no query block has a far field yet.
+        No slots where no query block has a far field yet, or where all of it is in `part`.
 
         Args:
             inputs: the call.
             floor: int64 [batch, heads, blocks].
             sinks: for each head, first keys that stay near.
         """
+        batch, heads, blocks = floor.shape
+        return None, tile_list.empty(batch, heads, blocks, floor.device)
+
+    def part(
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
+    ) -> Part | None:
+        """What the keys in [start + sinks, floor) contribute to the rows of `blocks` without slots.
+
+        None where no query block has a far field yet, or where all of it is in `far`. The part has
+        64 rows per block, zero for rows that have no far field.
+
+        Args:
+            inputs: the call.
+            blocks: int64 [n], which blocks of 64 query rows to answer for.
+            floor: int64 [batch, heads, n].
+            sinks: for each head, first keys that stay near.
+        """
+        return None
 
     @abstractmethod
     def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
@@ -392,6 +412,15 @@ class Approximation:
         floors = floor[:, None].expand(-1, heads, -1)
         slots, far = self.far.far(inputs, floors, (sinks,) * heads)
         return tile_list.concat([near, far]), slots
+
+    def part(self, inputs: Inputs, blocks: Tensor) -> Part | None:
+        """What the far field contributes to the rows of some query blocks besides `tiles`."""
+        if self.far is None:
+            return None
+        window, sinks = self.reach
+        heads = len(inputs.head)
+        floor = self.far.floor(inputs, blocks, window)[:, None].expand(-1, heads, -1)
+        return self.far.part(inputs, blocks, floor, (sinks,) * heads)
 
     @property
     def together(self) -> str:

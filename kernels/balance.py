@@ -26,13 +26,7 @@ def fit(moments: Moments) -> dict[str, Tensor]:
     `balanced.query_mean` and `balanced.key_mean` [heads, head_dim], `balanced.key_map` and
     `balanced.query_map` [heads, head_dim, head_dim]: a centred key k becomes k @ key_map.
     """
-    heads = moments.query_mean.shape[0]
-    group = heads // moments.key_mean.shape[0]
-    key_mean = moments.key_mean.double().repeat_interleave(group, 0)
-    query_mean = moments.query_mean.double()
-    query = moments.query_gram.double() - query_mean[:, :, None] * query_mean[:, None, :]
-    key = moments.key_gram.double().repeat_interleave(group, 0)
-    key = key - key_mean[:, :, None] * key_mean[:, None, :]
+    query_mean, query, key_mean, key = _centred(moments)
     root, inverse_root = _powers(key)
     middle, _ = _powers(root @ query @ root)
     key_map, query_map = _powers(inverse_root @ middle @ inverse_root)
@@ -42,6 +36,32 @@ def fit(moments: Moments) -> dict[str, Tensor]:
         "balanced.key_map": key_map.float(),
         "balanced.query_map": query_map.float(),
     }
+
+
+def fit_directions(moments: Moments) -> dict[str, Tensor]:
+    """The principal directions of every head in balanced coordinates, float32, strongest first.
+
+    `balanced.directions` [heads, head_dim, head_dim], in columns, and `balanced.spread`
+    [heads, head_dim], the standard deviation along each: the same for queries and for keys.
+    """
+    *_, key = _centred(moments)
+    key_map = fit(moments)["balanced.key_map"].double()
+    values, vectors = torch.linalg.eigh(key_map @ key @ key_map)
+    return {
+        "balanced.directions": vectors.flip(-1).float().contiguous(),
+        "balanced.spread": values.clamp(min=0).sqrt().flip(-1).float().contiguous(),
+    }
+
+
+def _centred(moments: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and covariance of the queries, then of the keys, of every head, float64."""
+    heads = moments.query_mean.shape[0]
+    group = heads // moments.key_mean.shape[0]
+    key_mean = moments.key_mean.double().repeat_interleave(group, 0)
+    query_mean = moments.query_mean.double()
+    query = moments.query_gram.double() - query_mean[:, :, None] * query_mean[:, None, :]
+    key = moments.key_gram.double().repeat_interleave(group, 0)
+    return query_mean, query, key_mean, key - key_mean[:, :, None] * key_mean[:, None, :]
 
 
 def _powers(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,15 @@ from attnplan.kernels.approximation import (
     Selector,
 )
 from attnplan.kernels.far.centroid_t import CentroidT
+from attnplan.kernels.far.csalr import CSALR
+from attnplan.kernels.far.linear import Linear
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.far.nystrom import Nystrom
+from attnplan.kernels.far.performer import Performer
+from attnplan.kernels.far.polysketch import PolySketch
 from attnplan.kernels.far.sampled_columns import SampledColumns
+from attnplan.kernels.far.taylor import Taylor
+from attnplan.kernels.far.tensor_sketch import TensorSketch
 from attnplan.kernels.far.wildcat import Wildcat
 from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
@@ -60,7 +66,20 @@ NEAR: dict[str, type[Selector]] = {
     )
 }
 FAR: dict[str, type[Compressor]] = {
-    cls.name: cls for cls in (CentroidT, Multipole, SampledColumns, Nystrom, Wildcat)
+    cls.name: cls
+    for cls in (
+        CentroidT,
+        Multipole,
+        SampledColumns,
+        Nystrom,
+        Wildcat,
+        Taylor,
+        PolySketch,
+        TensorSketch,
+        Performer,
+        CSALR,
+        Linear,
+    )
 }
 DENSE = Approximation(Dense())
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
+from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import TileList
 
 
@@ -21,23 +24,32 @@ def attend(
     kv_head: tuple[int, ...],
     tiles: TileList,
     slots: Slots | None = None,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Near + far attention on the device of `query`; see `engines.reference.attend`.
+
+    Args:
+        part: what keys that are not in `tiles` contribute besides, if anything.
 
     Raises:
         ValueError: no engine for this device.
     """
-    if query.device.type == "cuda":
+    output, log_mass = _engine(query.device)(
+        query, key, value, scale=scale, kv_head=kv_head, tiles=tiles, slots=slots
+    )
+    return (output, log_mass) if part is None else part.merge(output, log_mass)
+
+
+def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    if device.type == "cuda":
         from attnplan.kernels.engines import triton
 
-        return triton.attend(
-            query, key, value, scale=scale, kv_head=kv_head, tiles=tiles, slots=slots
-        )
-    if query.device.type == "cpu":
+        return triton.attend
+    if device.type == "cpu":
         from attnplan.kernels.engines import cpu
 
-        return cpu.attend(query, key, value, scale=scale, kv_head=kv_head, tiles=tiles, slots=slots)
-    raise ValueError(f"no attention engine for device {query.device.type!r}; use cuda or cpu")
+        return cpu.attend
+    raise ValueError(f"no attention engine for device {device.type!r}; use cuda or cpu")
 
 
 @cache

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnplan.kernels import tile_list
+from attnplan.kernels import part, tile_list
 from attnplan.kernels.approximation import (
     Approximation,
     Compressor,
@@ -24,6 +24,7 @@ from attnplan.kernels.approximation import (
     Slots,
 )
 from attnplan.kernels.executor import attend
+from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import TileList
 
 
@@ -77,7 +78,14 @@ class LayerKernel:
         blocks = torch.arange(inputs.blocks, device=query.device)
         tiles, slots = self.tiles(inputs, blocks)
         output, _ = attend(
-            query, key, value, scale=scale, kv_head=inputs.kv_head, tiles=tiles, slots=slots
+            query,
+            key,
+            value,
+            scale=scale,
+            kv_head=inputs.kv_head,
+            tiles=tiles,
+            slots=slots,
+            part=self.part(inputs, blocks),
         )
         return output
 
@@ -101,6 +109,18 @@ class LayerKernel:
             return near, None
         far, slots = self._far(inputs, len(blocks), floors)
         return tile_list.concat([near, far]), slots
+
+    def part(self, inputs: Inputs, blocks: Tensor) -> Part | None:
+        """What far fields contribute to some query blocks besides `tiles`."""
+        parts = []
+        for compressor, heads in self._compressed.items():
+            windows, sinks = zip(*(self.assignment[head].reach for head in heads), strict=True)
+            floors = {w: compressor.floor(inputs, blocks, w) for w in set(windows)}
+            floor = torch.stack([floors[w] for w in windows], dim=1)
+            made = compressor.part(inputs.heads(tuple(heads)), blocks, floor, sinks)
+            if made is not None:
+                parts.append(replace(made, head=tuple(heads[h] for h in made.head)))
+        return part.stack_heads(parts) if parts else None
 
     def _far(
         self, inputs: Inputs, blocks: int, floors: dict[int, Tensor]

@@ -1,9 +1,8 @@
-"""Far fields by chunks: every complete chunk of far keys becomes a few slots.
+"""Slots by chunks: every complete chunk of far keys becomes a few slots.
 
-A query block reads the slots of the complete chunks that lie before its window; the keys between
-them and the window stay near, so no slot summarises a key that a query must not see. With a mean
-query m, e^{s q.k} = e^{s (q-m).k} e^{s m.k}: the second factor is a weight W that no longer depends
-on the query. A compressor makes slots of weighted keys; their log-weight takes the factor back.
+With a mean query m, e^{s q.k} = e^{s (q-m).k} e^{s m.k}: the second factor is a weight W that no
+longer depends on the query. A compressor makes slots of weighted keys; their log-weight takes the
+factor back.
 
     sum_j e^{s q.k_j} v_j  =  sum_j W_j e^{s (q-m).k_j} v_j  ~  sum_c e^{s (q-m).k_c} u_c
                            =  sum_c e^{s q.k_c + b_c} u_c      with b_c = -s m.k_c
@@ -22,11 +21,11 @@ from torch import Tensor
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import (
     AttentionShape,
-    Compressor,
     Cost,
     Inputs,
     Slots,
 )
+from attnplan.kernels.chunked import ChunkedFarField
 from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TileList
 
 
@@ -69,7 +68,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class ChunkCompressor(Compressor):
+class ChunkCompressor(ChunkedFarField):
     """A compressor that turns every chunk of `chunk` keys into `slots` slots."""
 
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
@@ -77,12 +76,10 @@ class ChunkCompressor(Compressor):
     mean_name: ClassVar[str | None] = None
     """Fitted mean queries [heads, head_dim] to take out of the scores; None for none."""
 
-    chunk: int = 128
     slots: int = 16
 
     def __post_init__(self) -> None:
-        if self.chunk < BLOCK:
-            raise ValueError(f"chunk must be at least {BLOCK} keys, got {self.chunk}")
+        super().__post_init__()
         if not 1 <= self.slots <= self.chunk:
             raise ValueError(f"slots must be between 1 and chunk {self.chunk}, got {self.slots}")
 
@@ -100,27 +97,16 @@ class ChunkCompressor(Compressor):
     def build_macs(self, head_dim: int) -> float:
         """Multiply-adds of summarising one chunk for one head."""
 
-    def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
-        start = torch.tensor(inputs.start, device=blocks.device)[:, None]
-        outside = blocks * BLOCK + inputs.offset - start - window + 1
-        return start + outside.clamp(min=0) // self.chunk * self.chunk
-
     def far(
         self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
     ) -> tuple[Slots | None, TileList]:
-        start = torch.tensor(inputs.start, device=floor.device)[:, None, None]
-        chunks = (floor - start) // self.chunk  # [batch, heads, blocks]
+        chunks = self.chunks_before(inputs, floor)
         most = int(chunks.max())
         slots = self._slots(inputs, most, sinks) if most else None
         return slots, _slot_tiles(chunks * self.slots)
 
     def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
-        row = torch.arange(shape.queries)
-        first = row // BLOCK * BLOCK + shape.keys - shape.queries
-        chunks = (first - window + 1).clamp(min=0) // self.chunk
-        # keys between the chunks and the window, which the pair keeps near
-        reached = torch.clamp(chunks * self.chunk, min=sinks)
-        more = (row + shape.keys - shape.queries + 1 - window - reached).clamp(min=0)
+        chunks, more = self.visible(shape, window, sinks)
         pairs = int((chunks * self.slots + more).sum())
         build = float(chunks.max()) * self.build_macs(shape.head_dim)
         return Cost(2.0 * shape.head_dim * pairs, build)
@@ -129,16 +115,15 @@ class ChunkCompressor(Compressor):
         """Slots of the first `chunks` chunks, padded to whole tiles of 64."""
         heads = list(inputs.head)
         wide = torch.promote_types(inputs.key.dtype, torch.float32)
-        key, value = (self._chunks(inputs, t, chunks).to(wide) for t in (inputs.key, inputs.value))
+        key, value = (self.by_chunk(inputs, t, chunks).to(wide) for t in (inputs.key, inputs.value))
         if self.mean_name is None:
             log_w = torch.zeros_like(key[..., 0])
             mean = None
         else:
             mean = inputs.fitted_tensor(self.mean_name)[heads].to(wide)
             log_w = (key * mean[:, None, None]).sum(-1) * inputs.scale
-        position = torch.arange(chunks * self.chunk, device=key.device).view(chunks, self.chunk)
-        kept = torch.tensor(list(sinks), device=key.device)[:, None, None]
-        log_w = log_w.masked_fill(position < kept, float("-inf"))
+        near = self.is_sink(chunks, list(sinks), key.device)
+        log_w = log_w.masked_fill(near, float("-inf"))
         shift = log_w.amax(-1, keepdim=True)
         shift = torch.where(shift.isfinite(), shift, 0.0)
         weight = (log_w - shift).exp()
@@ -159,15 +144,6 @@ class ChunkCompressor(Compressor):
             pad(flat[3], (0, 0, 0, fill)),
             torch.arange(len(heads), dtype=torch.int32, device=key.device),
         )
-
-    def _chunks(self, inputs: Inputs, rows: Tensor, chunks: int) -> Tensor:
-        """Keys or values by chunk, [batch, heads, chunks, chunk, dim]."""
-        parts = [
-            rows[b, :, start : start + chunks * self.chunk] for b, start in enumerate(inputs.start)
-        ]
-        length = chunks * self.chunk  # padded sequences have fewer chunks: theirs end in zeros
-        parts = [torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])) for p in parts]
-        return torch.stack(parts)[:, list(inputs.kv_head)].unflatten(2, (chunks, self.chunk))
 
 
 def pick(weight: Tensor, count: int, uniform: float) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,7 @@ def _output(candidate: Approximation, inputs: Inputs, blocks: Tensor) -> Tensor:
         kv_head=inputs.kv_head,
         tiles=tiles,
         slots=slots,
+        part=candidate.part(inputs, blocks),
     )
     return output
 

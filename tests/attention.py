@@ -27,18 +27,25 @@ def all_blocks(inputs: Inputs) -> torch.Tensor:
 
 
 def run(
-    approximation: Approximation, inputs: Inputs, attend: Engine = reference.attend
+    approximation: Approximation,
+    inputs: Inputs,
+    attend: Engine = reference.attend,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    tiles, slots = approximation.tiles(inputs, all_blocks(inputs))
-    return attend(
-        inputs.query,
+    """The output for all query rows, or for those of some query blocks."""
+    some = all_blocks(inputs) if blocks is None else blocks
+    tiles, slots = approximation.tiles(inputs, some)
+    output, log_mass = attend(
+        inputs.query if blocks is None else inputs.rows(blocks),
         inputs.key,
         inputs.value,
         scale=inputs.scale,
         kv_head=inputs.kv_head,
         tiles=tiles,
         slots=slots,
-    )[0]
+    )
+    part = approximation.part(inputs, some)
+    return output if part is None else part.merge(output, log_mass)[0]
 
 
 def dense(inputs: Inputs) -> torch.Tensor:

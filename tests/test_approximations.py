@@ -10,7 +10,6 @@ from tests.attention import all_blocks, dense, moments, run
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
-from attnplan.kernels.engines import reference
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK
 
@@ -76,16 +75,7 @@ def test_tiles_are_the_definition(approximation: Approximation, sizes: dict[str,
 def test_some_blocks_are_the_same_as_in_the_whole(approximation: Approximation) -> None:
     inputs = call(approximation, 700, 700)
     some = torch.tensor([1, 4, 10])
-    tiles, slots = approximation.tiles(inputs, some)
-    output, _ = reference.attend(
-        inputs.rows(some),
-        inputs.key,
-        inputs.value,
-        scale=inputs.scale,
-        kv_head=inputs.kv_head,
-        tiles=tiles,
-        slots=slots,
-    )
+    output = run(approximation, inputs, blocks=some)
     padded = torch.nn.functional.pad(run(approximation, inputs), (0, 0, 0, 4))
     whole = padded.unflatten(2, (-1, BLOCK))[:, :, some].flatten(2, 3)
     torch.testing.assert_close(output[:, :, :188], whole[:, :, :188], rtol=0, atol=1e-9)

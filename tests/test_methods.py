@@ -17,8 +17,9 @@ from attnplan.kernels.far.wildcat import _pivots
 from attnplan.kernels.kernel_slots import gaussian
 from attnplan.kernels.near.leverage import leverage_scores
 from attnplan.kernels.pattern import causal
+from attnplan.kernels.slot_chunks import ChunkCompressor
 
-FAR = [name for name in catalog.FAR]
+FAR = [name for name, cls in catalog.FAR.items() if issubclass(cls, ChunkCompressor)]
 
 
 def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:

@@ -1,0 +1,59 @@
+"""Far fields that end where a chunk of keys ends.
+
+A query block's far field is the complete chunks that lie before its window; the keys between them
+and the window stay near, so no summary of a chunk holds a key that a query must not see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import AttentionShape, Compressor, Inputs
+from attnplan.kernels.tile_list import BLOCK
+
+
+@dataclass(frozen=True)
+class ChunkedFarField(Compressor):
+    """A compressor that summarises complete chunks of `chunk` keys."""
+
+    chunk: int = 128
+
+    def __post_init__(self) -> None:
+        if self.chunk < BLOCK:
+            raise ValueError(f"chunk must be at least {BLOCK} keys, got {self.chunk}")
+
+    def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
+        start = torch.tensor(inputs.start, device=blocks.device)[:, None]
+        outside = blocks * BLOCK + inputs.offset - start - window + 1
+        return start + outside.clamp(min=0) // self.chunk * self.chunk
+
+    def chunks_before(self, inputs: Inputs, floor: Tensor) -> Tensor:
+        """How many chunks each query block reads, int64 [batch, heads, blocks]."""
+        start = torch.tensor(inputs.start, device=floor.device)[:, None, None]
+        return (floor - start) // self.chunk
+
+    def by_chunk(self, inputs: Inputs, rows: Tensor, chunks: int) -> Tensor:
+        """The first keys or values by chunk, [batch, heads, chunks, chunk, dim]."""
+        length = chunks * self.chunk  # padded sequences have fewer chunks: theirs end in zeros
+        parts = [rows[b, :, start : start + length] for b, start in enumerate(inputs.start)]
+        parts = [torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])) for p in parts]
+        return torch.stack(parts)[:, list(inputs.kv_head)].unflatten(2, (chunks, self.chunk))
+
+    def is_sink(self, chunks: int, sinks: list[int], device: torch.device) -> Tensor:
+        """Keys of the first chunks that stay near as sinks, bool [heads, chunks, chunk]."""
+        position = torch.arange(chunks * self.chunk, device=device).view(chunks, self.chunk)
+        return position < torch.tensor(sinks, device=device)[:, None, None]
+
+    def visible(self, shape: AttentionShape, window: int, sinks: int) -> tuple[Tensor, Tensor]:
+        """For every query, how many chunks it reads, and how many near keys the pair adds.
+
+        The latter are the keys between the chunks and the window.
+        """
+        row = torch.arange(shape.queries)
+        first = row // BLOCK * BLOCK + shape.keys - shape.queries
+        chunks = (first - window + 1).clamp(min=0) // self.chunk
+        reached = torch.clamp(chunks * self.chunk, min=sinks)
+        return chunks, (row + shape.keys - shape.queries + 1 - window - reached).clamp(min=0)

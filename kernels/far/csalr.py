@@ -1,0 +1,65 @@
+"""Landmark attention: queries as mixtures of a few landmark queries.
+
+`landmarks` queries L_c are drawn from the head's calibrated query distribution. Each attends to the
+far keys exactly, and a query mixes them by how near it is to each:
+
+    e^{y.x} ~ sum_c a_c(y) e^{L_c.x}     a(y) = softmax(temperature (y.L - |L|^2/2))
+
+so a query reads a convex mixture of the landmarks' sums, with their masses. A query that is a
+landmark is exact in the limit of a high temperature.
+
+Source: Chen et al., Compact Self-Attention with Low-Rank Approximation, IJCAI 2020 (landmark
+attention and combination coefficients); paired query landmarks as in Agent Attention,
+https://arxiv.org/abs/2312.08874, section 3.2. Unlike both, landmarks are drawn from calibration and
+not pooled from the text, so that they are causal; queries are centred and balanced; long landmarks
+are not preferred (the term |L|^2/2); and the masses of the landmarks are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.feature_map import FeatureMap, Side, orthogonal_rows
+
+
+@dataclass(frozen=True)
+class CSALR(FeatureMap):
+    """Sum over far keys once for each of `landmarks` queries, and mix the sums."""
+
+    name: ClassVar[str] = "csalr"
+    logarithmic: ClassVar[bool] = True
+
+    landmarks: int = 64
+    temperature: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.landmarks < 1:
+            raise ValueError(f"landmarks must be at least 1, got {self.landmarks}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+
+    def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
+        landmarks = self.drawn(inputs).to(rows)
+        scores = rows @ landmarks.mT
+        if side == "key":
+            return scores
+        half = landmarks.square().sum(-1)[:, None, :] / 2
+        return torch.log_softmax(self.temperature * (scores - half), -1)
+
+    def drawn(self, inputs: Inputs) -> Tensor:
+        """The landmarks as rows y, [heads, landmarks, head_dim]."""
+        spread = inputs.fitted_tensor("balanced.spread")[list(inputs.head)]
+        vectors = orthogonal_rows(self.landmarks, spread.shape[-1], 0).to(spread)
+        return vectors * spread[:, None] * inputs.scale**0.5
+
+    def count(self, head_dim: int) -> int:
+        return self.landmarks
+
+    def feature_macs(self, head_dim: int) -> float:
+        return float(self.landmarks * head_dim)

@@ -1,0 +1,49 @@
+"""Positive random features of the exponential (FAVOR+).
+
+For a Gaussian vector w, e^{y.x} is the mean of e^{w.y - |y|^2/2} e^{w.x - |x|^2/2}. `features`
+vectors, orthogonal in groups of head_dim, estimate that mean without bias; for independent vectors
+the relative variance is (e^{|y + x|^2} - 1) / features, so queries and keys have to be short.
+
+Source: Choromanski et al., https://arxiv.org/abs/2009.14794, sections 2.3 and 2.4. Unlike in the
+reference code, the orthogonal vectors have uniform directions (signs of the QR factors), nothing is
+added to the features, and they are carried as logarithms, so that none over- or underflows. All
+heads share the vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.feature_map import FeatureMap, Side, orthogonal_rows
+
+
+@dataclass(frozen=True)
+class Performer(FeatureMap):
+    """Sum over far keys by `features` positive random features."""
+
+    name: ClassVar[str] = "performer"
+    logarithmic: ClassVar[bool] = True
+
+    features: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features < 1:
+            raise ValueError(f"features must be at least 1, got {self.features}")
+
+    def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
+        vectors = orthogonal_rows(self.features, rows.shape[-1], self.seed).to(rows)
+        half = rows.square().sum(-1, keepdim=True) / 2
+        return rows @ vectors.mT - (half + math.log(self.features) / 2)
+
+    def count(self, head_dim: int) -> int:
+        return self.features
+
+    def feature_macs(self, head_dim: int) -> float:
+        return float(self.features * head_dim)

@@ -1,0 +1,277 @@
+"""Far fields as sums of features: linear attention over the chunks before the window.
+
+Where a kernel is a product of features, e^{s q.k} ~ <f(q), f(k)>, the far keys of a query come down
+to one state, which grows by a chunk at a time:
+
+    n = f(q) . sum_j f(k_j) v_j^T        z = f(q) . sum_j f(k_j)
+
+Few features need short vectors, so both sides are centred and balanced first, which is exact:
+
+    s q.k = y.x + b + m     x = sqrt(s) (k - k_mean) key_map      b = s q_mean.(k - k_mean)
+                            y = sqrt(s) (q - q_mean) query_map    m = s q.k_mean
+
+e^b weighs a key, e^m shifts a row, and only y.x is left to the features. The state of a chunk is
+kept below its largest weight, and running sums below the largest so far.
+
+Sources: Katharopoulos et al., https://arxiv.org/abs/2006.16236, section 3.2 (the running sums);
+`balance` for the coordinates. Unlike in linear attention, a chunk of keys before the query is
+near, and mass and values add up with the exact ones of the near field.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import ceil, log2
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels import balance
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
+from attnplan.kernels.chunked import ChunkedFarField
+from attnplan.kernels.part import Part
+from attnplan.kernels.tile_list import BLOCK
+
+Side = Literal["query", "key"]
+NUMBERS = 1 << 23  # features that are held at a time
+EMPTY = -1e30  # log-weight of a chunk without keys; finite, so that differences are numbers
+
+
+@dataclass(frozen=True)
+class FeatureMap(ChunkedFarField):
+    """A far field whose kernel is a product of features of the query and of the key.
+
+    Subclasses say what the features are. All chunks that a query block reads are one state.
+    """
+
+    family: ClassVar[str] = "kernel"
+    predictor: ClassVar[str] = "random_feature_exponent"
+    least_keys: ClassVar[int] = 0
+    """Shorter texts are not worth trying."""
+    logarithmic: ClassVar[bool] = False
+    """`lift` answers with logarithms; the features are then positive."""
+
+    chunk: int = 256
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        if shape.keys >= max(3 * cls.chunk, cls.least_keys):
+            yield cls()
+
+    @abstractmethod
+    def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
+        """Features [batch, heads, n, features] of rows y or x, the strongest direction first.
+
+        Args:
+            rows: [batch, heads, n, head_dim], of the heads of `inputs`.
+            side: whose rows they are.
+            inputs: the call.
+        """
+
+    @abstractmethod
+    def count(self, head_dim: int) -> int:
+        """How many features a row has."""
+
+    @abstractmethod
+    def feature_macs(self, head_dim: int) -> float:
+        """Multiply-adds of the features of one row."""
+
+    def part(
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
+    ) -> Part | None:
+        read = self.chunks_before(inputs, floor)
+        if not bool((read > 0).any()):
+            return None
+        heads = range(len(inputs.head))
+        numbers = inputs.key.shape[0] * max(inputs.key.shape[2], 1) * self.count(_dim(inputs))
+        step = max(1, NUMBERS // numbers)
+        made = []
+        for first in heads[::step]:
+            some = tuple(heads[first : first + step])
+            here = inputs.heads(some)
+            frame = _Frame.of(here)
+            state = self._states(here, frame, int(read.max()), [sinks[h] for h in some])
+            made.append(self._read(here, frame, state, blocks, read[:, list(some)]))
+        numerator, mass, shift = (torch.cat(same, 1) for same in zip(*made, strict=True))
+        return Part(numerator, mass, shift, tuple(heads))
+
+    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
+        chunks, more = self.visible(shape, window, sinks)
+        count, head_dim = self.count(shape.head_dim), shape.head_dim
+        most = int(chunks.max())
+        rows = (shape.queries if most else 0) + most * self.chunk
+        state = count * (head_dim + 1)
+        sums = 2 * most * ceil(log2(most + 1)) * state
+        row = head_dim * (head_dim + 1) + self.feature_macs(head_dim) + state
+        return Cost(2.0 * head_dim * int(more.sum()), float(rows * row + sums))
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        return balance.fit(moments) | balance.fit_directions(moments)
+
+    def _states(
+        self, inputs: Inputs, frame: _Frame, chunks: int, sinks: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the first 0, 1, ... chunks, and their shifts.
+
+        Returns:
+            [batch, heads, chunks + 1, features, value_dim + 1], the last column for the mass, and
+            [batch, heads, chunks + 1, features or 1].
+        """
+        dtype = frame.query_mean.dtype
+        near = self.is_sink(chunks, sinks, inputs.key.device)
+        key, value = (self.by_chunk(inputs, t, chunks) for t in (inputs.key, inputs.value))
+        batch, heads = key.shape[:2]
+        step = max(1, NUMBERS // (batch * heads * self.chunk * self.count(_dim(inputs))))
+        made = []
+        for first in range(0, chunks, step):
+            some = slice(first, first + step)
+            x, log = frame.keys(key[:, :, some].to(dtype).flatten(2, 3))
+            sink = near[:, some].flatten(1, 2)[..., None]
+            log = log.masked_fill(sink, float("-inf"))
+            found = self.lift(x.masked_fill(sink, 0.0), "key", inputs)
+            log = (log + found if self.logarithmic else log).unflatten(2, (-1, self.chunk))
+            shift = log.amax(3).clamp(min=EMPTY)
+            weight = (log - shift[..., None, :]).exp()
+            if not self.logarithmic:
+                weight = weight * found.unflatten(2, (-1, self.chunk))
+            summed = torch.nn.functional.pad(value[:, :, some].to(dtype), (0, 1), value=1.0)
+            made.append((weight.mT @ summed, shift))
+        sums, shift = (torch.cat(same, 2) for same in zip(*made, strict=True))
+        sums, shift = running_sums(sums, shift)
+        nothing = torch.full_like(shift[:, :, :1], EMPTY)
+        return (
+            torch.cat([torch.zeros_like(sums[:, :, :1]), sums], 2),
+            torch.cat([nothing, shift], 2),
+        )
+
+    def _read(
+        self,
+        inputs: Inputs,
+        frame: _Frame,
+        state: tuple[Tensor, Tensor],
+        blocks: Tensor,
+        read: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Numerator, mass and shift of the rows of `blocks`, of which each reads one state."""
+        batch, heads = read.shape[:2]
+        query = inputs.rows(blocks).unflatten(2, (-1, BLOCK))
+        states = state[0].shape[2]
+        place = torch.arange(batch * heads, device=read.device).view(batch, heads, 1)
+        place = place * states + read
+        step = max(1, NUMBERS // (batch * heads * BLOCK * self.count(_dim(inputs))))
+        made = []
+        for first in range(0, len(blocks), step):
+            some = slice(first, first + step)
+            y, row_shift = frame.queries(query[:, :, some].flatten(2, 3).to(frame.key_mean.dtype))
+            weight = self.lift(y, "query", inputs).unflatten(2, (-1, BLOCK))
+            sums, shift = (t.flatten(0, 2)[place[:, :, some]] for t in state)
+            top = shift
+            if self.logarithmic:
+                weight = weight + shift[..., None, :]
+                top = weight.amax(-1)
+                weight = (weight - top[..., None]).exp()
+            total = (weight @ sums).flatten(2, 3)
+            row_shift = row_shift + top.expand(*weight.shape[:-1]).flatten(2, 3)
+            made.append((total[..., :-1], total[..., -1], row_shift))
+        numerator, mass, shift = (torch.cat(same, 2) for same in zip(*made, strict=True))
+        return numerator, mass, shift
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Means [heads, 1, head_dim] and maps [heads, head_dim, head_dim] of some heads, sqrt(s)."""
+
+    query_mean: Tensor
+    key_mean: Tensor
+    query_map: Tensor
+    key_map: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> _Frame:
+        heads = list(inputs.head)
+        dtype = torch.promote_types(inputs.key.dtype, torch.float32)
+
+        def fitted(name: str) -> Tensor:
+            return inputs.fitted_tensor(name)[heads].to(dtype)
+
+        turn = fitted("balanced.directions") * inputs.scale**0.5
+        return cls(
+            fitted("balanced.query_mean")[:, None],
+            fitted("balanced.key_mean")[:, None],
+            fitted("balanced.query_map") @ turn,
+            fitted("balanced.key_map") @ turn,
+            inputs.scale,
+        )
+
+    def keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """x and b [..., 1]."""
+        centred = key - self.key_mean
+        return centred @ self.key_map, self.scale * centred @ self.query_mean.mT
+
+    def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """y and m."""
+        shift = self.scale * (query @ self.key_mean.mT)[..., 0]
+        return (query - self.query_mean) @ self.query_map, shift
+
+
+def running_sums(sums: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the first 1, 2, ... chunks, each seen from the largest shift among them.
+
+    Args:
+        sums: [batch, heads, chunks, features, columns], e^-shift of the sums of a chunk.
+        shift: [batch, heads, chunks, features or 1].
+    """
+    step = 1
+    while step < sums.shape[2]:  # each row takes in the row `step` before: log2(chunks) steps
+        top = torch.maximum(shift[:, :, step:], shift[:, :, :-step])
+        later = sums[:, :, step:] * (shift[:, :, step:] - top).exp()[..., None]
+        earlier = sums[:, :, :-step] * (shift[:, :, :-step] - top).exp()[..., None]
+        sums = torch.cat([sums[:, :, :step], later + earlier], 2)
+        shift = torch.cat([shift[:, :, :step], top], 2)
+        step *= 2
+    return sums, shift
+
+
+def products(rows: Tensor) -> Tensor:
+    """Products of all pairs of columns, [..., d (d + 1) / 2]: <., .> is the square of a.b."""
+    d = rows.shape[-1]
+    i, j = torch.triu_indices(d, d, device=rows.device)
+    factor = torch.where(i == j, 1.0, 2.0**0.5).to(rows.dtype)
+    return rows[..., i] * (rows[..., j] * factor)
+
+
+def with_constant(rows: Tensor) -> Tensor:
+    """[1, rows]."""
+    return torch.nn.functional.pad(rows, (1, 0), value=1.0)
+
+
+@cache
+def orthogonal_rows(count: int, dim: int, seed: int) -> Tensor:
+    """Gaussian vectors, float64 [count, dim], of which every `dim` in a row are orthogonal.
+
+    Columns of Q take the sign of R's diagonal: without it they are not uniformly distributed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-count // dim)
+    normal = torch.randn(2, blocks, dim, dim, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(normal[0])
+    q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]
+    return (q.mT * normal[1].norm(dim=-1, keepdim=True)).flatten(0, 1)[:count]
+
+
+@cache
+def random_signs(count: int, rows: int, columns: int, seed: int) -> Tensor:
+    """Independent signs, float64 [count, rows, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(2, (count, rows, columns), generator=generator)
+    return 2.0 * bits.double() - 1
+
+
+def _dim(inputs: Inputs) -> int:
+    return inputs.query.shape[-1]
