@@ -91,7 +91,9 @@ def league(
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be more than 0 and at most 1, got {density}")
-    run, scores, costs = prepare(loaded, work, store, files, repeats, progress or Quiet())
+    run, scores, costs = prepare(
+        loaded, work, store, files, repeats, progress or Quiet(), thorough=True
+    )
     shape = loaded.identity.prefill_shape(work.context)
     statistics = _statistics(store.head_profiles(run.id, arrays=False))
     stored = timings(loaded, work, store, costs.device)

@@ -374,13 +374,18 @@ def prepare(
     files: CaptureFiles,
     repeats: int,
     progress: Progress,
+    *,
+    thorough: bool = False,
 ) -> tuple[records.ProfileRun, ScoreTable, DeviceCosts]:
-    """What every candidate loses on every head and costs here; only what is missing is measured."""
+    """What every candidate loses on every head and costs here; only what is missing is measured.
+
+    `thorough` scores on all texts even what the first one shows to be hopeless.
+    """
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
     candidates = offered(loaded.identity.prefill_shape(work.context))
     progress.stage("Scoring candidates", work.texts + 1)
-    scores = score(loaded, work, store, files, run, candidates, progress.advance)
+    scores = score(loaded, work, store, files, run, candidates, progress.advance, thorough=thorough)
     progress.stage("Timing kernels", None)
     costs = measure_device(
         loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
@@ -474,7 +479,7 @@ def _search(planner: Planner) -> Outcome:
         corrections = corrections.learn(choice, best.assignment, problem, request.budget)
     chosen = attempts[-1] if not attempts[-1].misses else None
     progress.stage("Measuring baselines", None)
-    others = _baselines(planner, planner.problem(Corrections()))
+    others = _baselines(planner, planner.problem(Corrections(copying=0.0)))
     store.finish_search(
         search.id,
         "complete" if chosen else "infeasible",

@@ -24,6 +24,9 @@ from attnplan.search.scores import Observed, sampled_blocks, score_layer
 
 BLOCKS = 12
 """Query blocks of a text that candidates are compared on."""
+SLACK = 1.5
+"""After the first text a candidate is dropped on a head where one that costs no more loses less by
+this factor."""
 
 _Scored = tuple[int, list[records.CandidateScore]]
 
@@ -34,8 +37,11 @@ class ScoreTable:
 
     Attributes:
         candidates: dense first.
-        texts: float64 [layers, heads, candidates], mean over the calibration texts.
-        copying: same, on the repeated random string.
+        texts: float64 [layers, heads, candidates], mean over the calibration texts. What was
+            dropped after the first text is taken to lose on the others as the head's other
+            candidates do.
+        copying: same, on the repeated random string; what was dropped is taken to lose as the worst
+            of the head's other candidates do.
         relative_error: same, of the head's output, mean over the calibration texts.
     """
 
@@ -53,14 +59,20 @@ def score(
     run: records.ProfileRun,
     candidates: tuple[Approximation, ...],
     advance: Advance = silent,
+    *,
+    thorough: bool = False,
 ) -> ScoreTable:
     """Score what is not scored yet, and read all scores back.
+
+    A candidate that the first text shows to be hopeless on a head is scored on the other texts only
+    where `thorough`.
 
     Captured tensors are used where they are still there and captured again where not; once
     everything is scored they are deleted.
     """
     names = [catalog.key(candidate) for candidate in candidates]
-    asked = digest([names, BLOCKS])
+    asked = digest([names, BLOCKS, None if thorough else SLACK])
+    density, dynamic = _costs(loaded, work, candidates)
     layers = loaded.identity.layers
     done = store.scores_done(run.id, asked)
     missing = {
@@ -69,7 +81,6 @@ def score(
     }
     if any(missing.values()):
         fitted = fitted_tensors(store, run.id)
-        scored = store.scored(run.id)
         for text, wanted in missing.items():
             if not wanted:
                 continue
@@ -77,13 +88,22 @@ def score(
             if not files.has(text):
                 files.save(text, captured_text(loaded, work, text))
             blocks = _blocks(work, text)
+            shape = (layers, loaded.identity.heads, len(names))
+            known = _matrix(store.load_scores(run.id), names, work, shape)[0]
+            offered = np.isnan(known[text])
+            if text and not thorough:
+                offered &= promising(known[0], density, dynamic)
             todo = (layer for layer in files.layers(text) if layer.layer in wanted)
 
-            def rows(layer: LayerCapture, text: int = text, blocks: Tensor = blocks) -> _Scored:
-                known = scored.get((text, layer.layer), frozenset())
-                observed = _observed(layer, loaded.model.device, fitted[layer.layer])
-                found = _rows(observed, candidates, names, known, blocks.to(loaded.model.device))
-                return layer.layer, found
+            def rows(
+                layer: LayerCapture,
+                blocks: Tensor = blocks,
+                offered: NDArray[np.bool_] = offered,
+            ) -> _Scored:
+                number = layer.layer
+                observed = _observed(layer, loaded.model.device, fitted[number])
+                some = blocks.to(loaded.model.device)
+                return number, _rows(observed, candidates, names, offered[number], some)
 
             for layer, found in side_by_side(rows, todo, loaded.model.device):
                 store.save_scores(run.id, text, layer, asked, found)
@@ -105,22 +125,77 @@ def table(
         ValueError: a score is missing.
     """
     names = [catalog.key(candidate) for candidate in candidates]
-    scores = store.load_scores(run.id)
+    shape = (layers, heads, len(names))
+    fisher, error = _matrix(store.load_scores(run.id), names, work, shape)
+    if np.isnan(fisher[0]).any():
+        layer, head, c = np.argwhere(np.isnan(fisher[0]))[0]
+        raise ValueError(
+            f"no score of {names[c]} for layer {layer}, head {head} on the first text: "
+            "run `attnplan search` again without interrupting it"
+        )
+    for values in (fisher, error):
+        for text in range(1, work.texts + 1):
+            _fill(values[0], values[text], typical=text < work.texts)
+    # half the Fisher cost is the KL divergence, to second order
+    return ScoreTable(candidates, 0.5 * fisher[:-1].mean(0), 0.5 * fisher[-1], error[:-1].mean(0))
+
+
+def promising(
+    fisher: NDArray[np.float64], density: NDArray[np.float64], dynamic: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Candidates that no cheaper one of the same head makes hopeless.
+
+    A cheaper one is no denser, and selects online only if the candidate does.
+
+    Args:
+        fisher: [..., candidates].
+        density, dynamic: [candidates].
+    """
+    kept = np.zeros(fisher.shape, bool)
+    for c in range(len(density)):
+        rivals = (density <= density[c] * (1 + 1e-9)) & (~dynamic | dynamic[c])
+        kept[..., c] = fisher[..., c] <= SLACK * fisher[..., rivals].min(-1)
+    return kept
+
+
+def _costs(
+    loaded: LoadedModel, work: Workload, candidates: tuple[Approximation, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    shape = loaded.identity.prefill_shape(work.context)
+    density = np.array([candidate.density(shape) for candidate in candidates])
+    return density, np.array([not candidate.static for candidate in candidates])
+
+
+def _matrix(
+    scores: records.Scores, names: list[str], work: Workload, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Stored Fisher costs and relative errors, [texts + 1, *shape]; NaN where there is none."""
     column = np.array([names.index(n) if n in names else -1 for n in scores.names], np.int64)
     which = column[scores.approximation] if len(column) else scores.approximation
     known = which >= 0
     place = (scores.sequence[known], scores.layer[known], scores.head[known], which[known])
-    shape = (work.texts + 1, layers, heads, len(names))
-    fisher, error = np.full(shape, np.nan), np.full(shape, np.nan)
+    fisher, error = (np.full((work.texts + 1, *shape), np.nan) for _ in range(2))
     fisher[place], error[place] = scores.fisher[known], scores.relative_error[known]
-    if np.isnan(fisher).any():
-        text, layer, head, c = np.argwhere(np.isnan(fisher))[0]
-        raise ValueError(
-            f"no score of {names[c]} for layer {layer}, head {head} on text {text}: "
-            "run `attnplan search` again without interrupting it"
-        )
-    # half the Fisher cost is the KL divergence, to second order
-    return ScoreTable(candidates, 0.5 * fisher[:-1].mean(0), 0.5 * fisher[-1], error[:-1].mean(0))
+    return fisher, error
+
+
+def _fill(first: NDArray[np.float64], values: NDArray[np.float64], *, typical: bool) -> None:
+    """Estimate what was dropped from the first text, by the other candidates of a head.
+
+    Args:
+        first: [layers, heads, candidates].
+        values: the same of another text; NaN where dropped.
+        typical: as the others lost on the whole, instead of as the worst of them did.
+    """
+    both = np.isfinite(values) & np.isfinite(first) & (first > 0)
+    if typical:
+        lost = [np.where(both, x, 0).sum(-1, keepdims=True) for x in (values, first)]
+        ratio = np.where(lost[1] > 0, lost[0] / np.maximum(lost[1], 1e-300), 1.0)
+    else:
+        each = np.where(both, values / np.where(both, first, 1.0), 0.0)
+        ratio = np.maximum(each.max(-1, keepdims=True), 1.0)
+    dropped = np.isnan(values)
+    values[dropped] = (first * ratio)[dropped]
 
 
 def _observed(layer: LayerCapture, device: torch.device, fitted: Fitted) -> Observed:
@@ -146,23 +221,18 @@ def _rows(
     observed: Observed,
     candidates: tuple[Approximation, ...],
     names: list[str],
-    known: frozenset[str],
+    offered: NDArray[np.bool_],
     blocks: Tensor,
 ) -> list[records.CandidateScore]:
-    heads = len(observed.inputs.head)
-    new = [c for c, name in enumerate(names) if name not in known]
-    scores = score_layer(
-        observed, [candidates[c] for c in new], np.ones((heads, len(new)), bool), blocks
-    )
+    scores = score_layer(observed, candidates, offered, blocks)
     return [
         records.CandidateScore(
             head=head,
             approximation=names[c],
-            fisher=float(scores.fisher[head, n]),
-            relative_error=float(scores.relative_error[head, n]),
+            fisher=float(scores.fisher[head, c]),
+            relative_error=float(scores.relative_error[head, c]),
             mass_dropped=None,
             positions=scores.positions,
         )
-        for head in range(heads)
-        for n, c in enumerate(new)
+        for head, c in np.argwhere(offered).tolist()
     ]

@@ -234,15 +234,6 @@ class Store:
         }
         return records.Scores(names=tuple(texts), **arrays)
 
-    def scored(self, run: int) -> dict[tuple[int, int], frozenset[str]]:
-        """For each (sequence, layer), the approximations that have scores there."""
-        columns = (ScoreRow.sequence, ScoreRow.layer, ScoreRow.approximation)
-        rows = self._all(select(*columns).where(ScoreRow.run_id == run))
-        out: dict[tuple[int, int], set[str]] = {}
-        for sequence, layer, name in rows:
-            out.setdefault((sequence, layer), set()).add(name)
-        return {place: frozenset(names) for place, names in out.items()}
-
     # Devices and timings
 
     def devices(self) -> list[records.DeviceIdentity]:

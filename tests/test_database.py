@@ -167,7 +167,6 @@ def test_scores_are_kept_once_and_by_column(url: str) -> None:
             store.save_scores(run, 0, 1, "c" * 64, rows)
         assert store.scores_done(run, "c" * 64) == {(0, 1)}
         assert store.scores_done(run, "x" * 64) == frozenset()
-        assert store.scored(run) == {(0, 1): frozenset({"window(window=64)", "dense"})}
         scores = store.load_scores(run)
         assert scores.names == ("dense", "window(window=64)")
         assert scores.head.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from attnplan.profiling import (
     run_key,
 )
 from attnplan.report import HEADERS, comparison, figures, lines, to_plan
-from attnplan.scoring import score
+from attnplan.scoring import promising, score
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates
 from attnplan.search.corrections import Corrections as SearchCorrections
@@ -177,6 +178,43 @@ def test_the_store_reads_a_search_back(job: Job, outcome: Outcome | str) -> None
     assert costs.fit.model.dense_layer_ms > 0 and costs.dense_prefill_ms > 0
     if isinstance(outcome, Outcome):
         assert outcome.costs.dense_prefill_ms == costs.dense_prefill_ms
+
+
+def test_hopeless_candidates_are_scored_on_the_first_text_alone(
+    job: Job, outcome: Outcome | str, tmp_path: Path
+) -> None:
+    files = capture_files(run_key(job.loaded, job.work), tmp_path)
+    offered = candidates(job.shape)
+    with Store(job.url) as store:
+        run = store.runs()[0]
+        before = store.load_scores(run.id)
+        pruned = score(job.loaded, job.work, store, files, run, offered)
+        rows = [int((before.sequence == text).sum()) for text in range(3)]
+        assert rows[0] == 8 * len(offered) and max(rows[1:]) < rows[0]
+    shutil.copy(job.folder / "store.db", tmp_path / "store.db")
+    with Store(f"sqlite:///{tmp_path}/store.db") as store:
+        whole = score(job.loaded, job.work, store, files, run, offered, thorough=True)
+        after = store.load_scores(run.id)
+    assert len(after.fisher) == 3 * rows[0]
+    density = np.array([a.density(job.shape) for a in offered])
+    dynamic = np.array([not a.static for a in offered])
+    shape = (3, 2, 4, len(offered))
+    first = np.zeros(shape)
+    place = (after.sequence, after.layer, after.head)
+    column = np.array([[catalog.key(a) for a in offered].index(n) for n in after.names])
+    first[(*place, column[after.approximation])] = after.fisher
+    kept = promising(first[0], density, dynamic)
+    np.testing.assert_allclose(pruned.texts[kept], whole.texts[kept], rtol=1e-5)
+    assert np.isfinite(pruned.texts).all() and (pruned.copying[~kept] > 0).all()
+
+
+def test_a_candidate_is_hopeless_beside_a_cheaper_and_better_one() -> None:
+    density, dynamic = np.array([1.0, 0.2, 0.3, 0.2]), np.array([False, False, True, True])
+    #                    dense, static, dynamic, dynamic
+    assert promising(np.array([0.0, 1, 3, 0.5]), density, dynamic).tolist() == [1, 1, 0, 1]
+    assert promising(np.array([0.0, 1, 1.4, 3]), density, dynamic).tolist() == [1, 1, 1, 0]
+    assert promising(np.array([0.0, 5, 0.1, 0.1]), density, dynamic).tolist() == [1, 1, 1, 1]
+    assert promising(np.array([0.0, np.inf, 1, 1]), density, dynamic).tolist() == [1, 1, 1, 1]
 
 
 def test_stored_scores_predict_the_measured_kl(job: Job, outcome: Outcome | str) -> None:
