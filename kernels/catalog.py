@@ -20,6 +20,7 @@ from attnplan.kernels.approximation import (
     Moments,
     Selector,
 )
+from attnplan.kernels.far.attention_matching import AttentionMatching
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.csalr import CSALR
 from attnplan.kernels.far.linear import Linear
@@ -79,6 +80,7 @@ FAR: dict[str, type[Compressor]] = {
         Performer,
         CSALR,
         Linear,
+        AttentionMatching,
     )
 }
 DENSE = Approximation(Dense())

@@ -46,7 +46,9 @@ def error(approximation: Approximation, inputs: Inputs) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs"), [("wildcat", {}), ("nystrom", {"ridge": 12})], ids=["wildcat", "nystrom"]
+    ("name", "knobs"),
+    [("wildcat", {}), ("nystrom", {"ridge": 12}), ("attention_matching", {})],
+    ids=["wildcat", "nystrom", "attention_matching"],
 )
 def test_one_landmark_per_key_is_exact(name: str, knobs: dict[str, int]) -> None:
     assert error(pair(name, chunk=64, slots=64, **knobs), text()) < 1e-6
