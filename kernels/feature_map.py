@@ -11,7 +11,8 @@ Few features need short vectors, so both sides are centred and balanced first, w
                             y = sqrt(s) (q - q_mean) query_map    m = s q.k_mean
 
 e^b weighs a key, e^m shifts a row, and only y.x is left to the features. The state of a chunk is
-kept below its largest weight, and running sums below the largest so far.
+kept below its largest weight, and running sums below the largest so far. A row whose mass is
+negative, or lost in the rounding of terms that cancel, takes its near field alone.
 
 Sources: Katharopoulos et al., https://arxiv.org/abs/2006.16236, section 3.2 (the running sums);
 `balance` for the coordinates. Unlike in linear attention, a chunk of keys before the query is
@@ -38,6 +39,7 @@ from attnplan.kernels.tile_list import BLOCK
 
 Side = Literal["query", "key"]
 NUMBERS = 1 << 23  # features that are held at a time
+CANCELLED = 1000  # a mass this many rounding errors of its terms is not to be relied on
 EMPTY = -1e30  # log-weight of a chunk without keys; finite, so that differences are numbers
 
 
@@ -175,9 +177,14 @@ class FeatureMap(ChunkedFarField):
                 weight = weight + shift[..., None, :]
                 top = weight.amax(-1)
                 weight = (weight - top[..., None]).exp()
-            total = (weight @ sums).flatten(2, 3)
-            row_shift = row_shift + top.expand(*weight.shape[:-1]).flatten(2, 3)
-            made.append((total[..., :-1], total[..., -1], row_shift))
+            total = weight @ sums
+            mass = total[..., -1]
+            if not self.logarithmic:
+                terms = (weight.abs() @ sums[..., -1:].abs())[..., 0]
+                lost = mass < CANCELLED * torch.finfo(mass.dtype).eps * terms
+                mass = mass.masked_fill(lost, 0.0)
+            row_shift = row_shift + top.expand_as(mass).flatten(2, 3)
+            made.append((total[..., :-1].flatten(2, 3), mass.flatten(2, 3), row_shift))
         numerator, mass, shift = (torch.cat(same, 2) for same in zip(*made, strict=True))
         return numerator, mass, shift
 
@@ -242,7 +249,7 @@ def products(rows: Tensor) -> Tensor:
     """Products of all pairs of columns, [..., d (d + 1) / 2]: <., .> is the square of a.b."""
     d = rows.shape[-1]
     i, j = torch.triu_indices(d, d, device=rows.device)
-    factor = torch.where(i == j, 1.0, 2.0**0.5).to(rows.dtype)
+    factor = (1 + (i != j)).to(rows.dtype).sqrt()
     return rows[..., i] * (rows[..., j] * factor)
 
 

@@ -73,7 +73,7 @@ def alone(approximation: Approximation, inputs: Inputs, head: int) -> Tensor:
     if slots is not None:
         wide = {n: getattr(slots, n).double() for n in ("key", "log_weight", "weight", "value")}
         slots = replace(slots, **wide)
-    output, _ = reference.attend(
+    output, log_mass = reference.attend(
         some.query.double(),
         some.key.double(),
         some.value.double(),
@@ -82,6 +82,9 @@ def alone(approximation: Approximation, inputs: Inputs, head: int) -> Tensor:
         tiles=tiles,
         slots=slots,
     )
+    part = approximation.part(some, torch.arange(inputs.blocks))
+    if part is not None:
+        part.merge(output, log_mass)
     return output[:, 0]
 
 

@@ -43,7 +43,7 @@ def observed(queries: int = 400, *, gradient: bool = True, projection: bool = Tr
 def output(approximation: Approximation, inputs: Inputs) -> Tensor:
     """The whole output by the oracle, float64 [heads, queries, value_dim]."""
     tiles, slots = approximation.tiles(inputs, torch.arange(inputs.blocks))
-    found, _ = reference.attend(
+    found, log_mass = reference.attend(
         inputs.query.double(),
         inputs.key.double(),
         inputs.value.double(),
@@ -52,6 +52,9 @@ def output(approximation: Approximation, inputs: Inputs) -> Tensor:
         tiles=tiles,
         slots=slots,
     )
+    part = approximation.part(inputs, torch.arange(inputs.blocks))
+    if part is not None:
+        part.merge(found, log_mass)
     return found[0]
 
 

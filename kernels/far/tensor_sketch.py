@@ -6,7 +6,7 @@ sketches, which Fourier transforms turn into products:
 
     g(a) = F^-1 (F C_1 a * ... * F C_p a)     E <g(a), g(c)> = (a.c)^p     a = [1, y/sqrt(p)]
 
-Estimates are signed: a row whose mass comes out negative takes its near field alone.
+Estimates are signed, so some rows may come out without a positive mass.
 
 Source: Pham and Pagh, Tensor Sketch, https://arxiv.org/abs/2505.08146, section 3. The kernel
 (1 + y.x/p)^p, which follows the exponential of the centred, balanced score, is ours.
