@@ -103,11 +103,15 @@ class ChunkCompressor(ChunkedFarField):
         chunks = self.chunks_before(inputs, floor)
         most = int(chunks.max())
         slots = self._slots(inputs, most, sinks) if most else None
-        return slots, _slot_tiles(chunks * self.slots)
+        return slots, slot_tiles(torch.zeros_like(chunks), chunks * self.slots)
+
+    def read(self, chunks: Tensor) -> Tensor:
+        """How many slots a query reads that has `chunks` chunks behind it."""
+        return chunks * self.slots
 
     def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
         chunks, more = self.visible(shape, window, sinks)
-        pairs = int((chunks * self.slots + more).sum())
+        pairs = int((self.read(chunks) + more).sum())
         build = float(chunks.max()) * self.build_macs(shape.head_dim)
         return Cost(2.0 * shape.head_dim * pairs, build)
 
@@ -133,17 +137,7 @@ class ChunkCompressor(ChunkedFarField):
             log_weight = log_weight + made.log_scale
         if mean is not None:
             log_weight = log_weight - (made.key * mean[:, None, None]).sum(-1) * inputs.scale
-        log_weight = log_weight.masked_fill(made.weight == 0, float("-inf"))
-        flat = [t.flatten(2, 3) for t in (made.key, log_weight, made.weight, made.value)]
-        fill = -flat[0].shape[2] % BLOCK
-        pad = torch.nn.functional.pad
-        return Slots(
-            pad(flat[0], (0, 0, 0, fill)),
-            pad(flat[1], (0, fill), value=float("-inf")),
-            pad(flat[2], (0, fill)),
-            pad(flat[3], (0, 0, 0, fill)),
-            torch.arange(len(heads), dtype=torch.int32, device=key.device),
-        )
+        return whole_tiles(made, log_weight)
 
 
 def pick(weight: Tensor, count: int, uniform: float) -> tuple[Tensor, Tensor]:
@@ -199,18 +193,36 @@ def pooled(chunks: Chunks, member: Tensor) -> Summary:
     return Summary(centre, mass, share.mT @ chunks.value)
 
 
-def _slot_tiles(visible: Tensor) -> TileList:
-    """Slot tiles: a query block reads the first `visible[batch, head, block]` slots."""
-    batch, heads, count = visible.shape
-    device = visible.device
-    tile = torch.arange(-(-int(visible.max()) // BLOCK), device=device)
-    rest = visible[..., None] - tile * BLOCK
-    b, h, row, index = torch.nonzero(rest > 0, as_tuple=True)
-    left = rest[b, h, row, index]
-    mask = torch.where(left >= BLOCK, FULL, left)
+def whole_tiles(made: Summary, log_weight: Tensor) -> Slots:
+    """All slots of a head in a row, padded to whole tiles of 64; each head reads its own."""
+    log_weight = log_weight.masked_fill(made.weight == 0, float("-inf"))
+    flat = [t.flatten(2, 3) for t in (made.key, log_weight, made.weight, made.value)]
+    fill = -flat[0].shape[2] % BLOCK
+    pad = torch.nn.functional.pad
+    return Slots(
+        pad(flat[0], (0, 0, 0, fill)),
+        pad(flat[1], (0, fill), value=float("-inf")),
+        pad(flat[2], (0, fill)),
+        pad(flat[3], (0, 0, 0, fill)),
+        torch.arange(flat[0].shape[1], dtype=torch.int32, device=made.key.device),
+    )
+
+
+def slot_tiles(first: Tensor, last: Tensor) -> TileList:
+    """Slot tiles: a query block reads slots [first, last), both int64 [batch, heads, blocks]."""
+    batch, heads, count = last.shape
+    device = last.device
+    tile = torch.arange(-(-int(last.max()) // BLOCK), device=device) * BLOCK
+    low = (first[..., None] - tile).clamp(0, BLOCK)
+    high = (last[..., None] - tile).clamp(0, BLOCK)
+    b, h, row, index = torch.nonzero(high > low, as_tuple=True)
+    low, high = low[b, h, row, index], high[b, h, row, index]
+    columns, mask = torch.unique(low * (BLOCK + 1) + high, return_inverse=True)
+    mask = torch.where(high - low == BLOCK, FULL, mask)
     tiles = torch.stack([torch.full_like(index, SLOTS), index, mask], dim=1)
     ramp = torch.arange(BLOCK, device=device)
-    words = tile_list.pack_bits(ramp[None, :] < ramp[:, None])  # word n has the n lowest bits set
+    begin, end = columns[:, None] // (BLOCK + 1), columns[:, None] % (BLOCK + 1)
+    words = tile_list.pack_bits((ramp >= begin) & (ramp < end))
     masks = words[:, None].expand(-1, BLOCK).contiguous()
     gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=device)
     rows = (b * heads + h) * count + row

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import nnls
-from tests.attention import moments
+from tests.attention import all_blocks, dense, moments, run
 from torch import Tensor
 
 from attnplan.kernels import catalog, query_draws
-from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.far.attention_matching import match_mass
 
 
@@ -25,6 +27,20 @@ def text(queries: int = 700, *, seed: int = 0, dtype: torch.dtype = torch.float6
     fitted = catalog.fit(moments(query, key))
     tensors = (t.to(dtype) for t in (query, key, value))
     return Inputs.of_layer(*tensors, scale=0.25, fitted=fitted)
+
+
+def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
+    near = {"name": "window", "window": window}
+    return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
+
+
+NESTED = pair("multipole", chunk=64, slots=8, levels=2)
+FLAT = pair("multipole", chunk=64, slots=8)
+
+
+def error(approximation: Approximation, inputs: Inputs) -> float:
+    exact = dense(inputs)
+    return float((run(approximation, inputs) - exact).norm() / exact.norm())
 
 
 def test_drawn_queries_have_the_moments_of_the_head() -> None:
@@ -48,3 +64,85 @@ def test_masses_are_matched_as_well_as_by_an_active_set_solver(spread: float) ->
             assert (weight >= 0).all()
             _, least = nnls(c, np.ones(64))
             assert np.linalg.norm(c @ weight - 1) <= 1.01 * least
+
+
+def test_two_levels_are_exact_for_few_distinct_keys() -> None:
+    inputs = text()
+    key = inputs.key.clone()
+    key[:, :, 4:] = inputs.key[:, :, torch.arange(696) % 3]
+    assert error(NESTED, dataclasses.replace(inputs, key=key)) < 1e-6
+
+
+def test_two_levels_read_fewer_slots_and_lose_a_little_more() -> None:
+    inputs = text(1200)
+    pairs = [a.tiles(inputs, all_blocks(inputs))[0].pairs(1200).sum() for a in (FLAT, NESTED)]
+    assert pairs[1] < pairs[0]
+    dropped = error(catalog.from_dict({"near": {"name": "window", "window": 32}}), inputs)
+    assert error(FLAT, inputs) < error(NESTED, inputs) < 0.7 * dropped
+
+
+def test_the_second_level_keeps_the_masses_of_a_group() -> None:
+    inputs = text()
+    _, slots = NESTED.tiles(inputs, all_blocks(inputs))
+    _, fine = FLAT.tiles(inputs, all_blocks(inputs))
+    assert slots is not None and fine is not None
+    count = fine.key.shape[2]
+    assert torch.equal(slots.key[:, :, :count], fine.key)
+    assert slots.key.shape[2] == count + 64  # slots of one group, padded to a tile
+    for name in ("weight", "value"):
+        below, above = getattr(fine, name)[:, :, :32], getattr(slots, name)[:, :, count : count + 8]
+        torch.testing.assert_close(above.sum(2), below.sum(2))
+    centre = (fine.key * fine.weight[..., None])[:, :, :32].sum(2)
+    coarse = (slots.key * slots.weight[..., None])[:, :, count : count + 8].sum(2)
+    torch.testing.assert_close(coarse, centre)
+
+
+@pytest.mark.parametrize("queries", [70, 1200], ids=["continued", "prefill"])
+def test_two_levels_cost_what_they_compute(queries: int) -> None:
+    inputs = text(1200)
+    inputs = dataclasses.replace(inputs, query=inputs.query[:, :, -queries:])
+    pairs = NESTED.tiles(inputs, all_blocks(inputs))[0].pairs(queries).double().mean().item()
+    cost = NESTED.cost(inputs.shape)
+    assert pairs == pytest.approx(cost.attention / (2 * 16), rel=1e-9)
+    assert cost.selection > FLAT.cost(inputs.shape).selection
+
+
+def test_two_levels_read_nothing_of_the_future_nor_of_batch_mates() -> None:
+    inputs = text(1200)
+    before = run(NESTED, inputs)
+    other = text(1200, seed=5)
+    mixed = dataclasses.replace(
+        inputs,
+        **{
+            name: torch.cat(
+                [getattr(inputs, name)[:, :, :1000], getattr(other, name)[:, :, 1000:]], 2
+            )
+            for name in ("query", "key", "value")
+        },
+    )
+    torch.testing.assert_close(
+        run(NESTED, mixed)[:, :, :960], before[:, :, :960], rtol=0, atol=1e-9
+    )
+    both = dataclasses.replace(
+        inputs,
+        **{
+            name: torch.cat([getattr(inputs, name), getattr(other, name)])
+            for name in ("query", "key", "value")
+        },
+        start=(0, 128),
+    )
+    output = run(NESTED, both)
+    torch.testing.assert_close(output[:1], before, rtol=0, atol=1e-9)
+    alone = dataclasses.replace(
+        other, **{name: getattr(other, name)[:, :, 128:] for name in ("query", "key", "value")}
+    )
+    torch.testing.assert_close(output[1:, :, 128:], run(NESTED, alone), rtol=0, atol=1e-9)
+
+
+def test_two_levels_are_offered_for_long_texts() -> None:
+    def levels(keys: int) -> list[int]:
+        shape = AttentionShape(1, 4, 2, keys, keys, 16)
+        return [choice.levels for choice in catalog.FAR["multipole"].choices(shape)]
+
+    assert levels(2048) == [1] and levels(4096) == [1, 2]
+    assert catalog.from_dict(catalog.to_dict(NESTED)) == NESTED

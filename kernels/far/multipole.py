@@ -2,19 +2,27 @@
 
 Every chunk is clustered by Lloyd's algorithm on its keys as they are; a cluster becomes a slot at
 its mean key, with the sum of its values and the number of its keys. By convexity the mass of such a
-slot is never above that of its keys.
+slot is never above that of its keys. With two levels, the slots of every `GROUP` chunks are
+clustered again into as many slots as one chunk has; a query block reads these for the groups that
+end at least one group before its far field ends, and the slots of chunks for the rest.
 
 Source: Hooper et al., Multipole Attention, https://arxiv.org/abs/2506.13059, section 3. Unlike the
 paper, clusters are of keys after RoPE and of a chunk, no cluster is opened for single queries (that
-is what the near field of the pair does), and clusters begin at keys at equal distances.
+is what the near field of the pair does), and clusters begin at keys at equal distances, those of
+the second level at slots that are heavy and far from each other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-from attnplan.kernels.approximation import Inputs
+import torch
+from torch import Tensor
+
+from attnplan.kernels import tile_list
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Slots
 from attnplan.kernels.slot_chunks import (
     ChunkCompressor,
     Chunks,
@@ -22,10 +30,17 @@ from attnplan.kernels.slot_chunks import (
     lloyd,
     pick,
     pooled,
+    slot_tiles,
     take,
+    whole_tiles,
 )
+from attnplan.kernels.tile_list import TileList
 
 STEPS = 4
+GROUP = 4
+"""Chunks that a slot of the second level covers."""
+LONG = 4096
+"""Keys from which two levels are worth trying."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +50,83 @@ class Multipole(ChunkCompressor):
     name: ClassVar[str] = "multipole"
     predictor: ClassVar[str] = "cluster_inertia"
 
+    levels: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels not in (1, 2):
+            raise ValueError(f"levels must be 1 or 2, got {self.levels}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for setting in super().choices(shape):
+            yield setting
+            if shape.keys >= LONG:
+                yield replace(setting, levels=2)
+
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         seed, _ = pick(chunks.weight, self.slots, 0.0)
         return pooled(chunks, lloyd(chunks.key, chunks.weight, take(chunks.key, seed), STEPS))
 
+    def far(
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
+    ) -> tuple[Slots | None, TileList]:
+        slots, tiles = super().far(inputs, floor, sinks)
+        chunks = self.chunks_before(inputs, floor)
+        groups = self._groups(chunks)
+        most = int(groups.max())
+        if slots is None or not most:
+            return slots, tiles
+        count = GROUP * self.slots
+        coarse = coarser(slots, most, count, self.slots)
+        first = slots.key.shape[2] + torch.zeros_like(groups)
+        fine = slot_tiles(groups * count, chunks * self.slots)
+        tiles = tile_list.concat([fine, slot_tiles(first, first + groups * self.slots)])
+        names = ("key", "log_weight", "weight", "value")
+        both = {n: torch.cat([getattr(slots, n), getattr(coarse, n)], 2) for n in names}
+        return replace(slots, **both), tiles
+
+    def read(self, chunks: Tensor) -> Tensor:
+        return (chunks - (GROUP - 1) * self._groups(chunks)) * self.slots
+
     def build_macs(self, head_dim: int) -> float:
         return float(self.chunk * head_dim * self.slots * (2 * STEPS + 2))
+
+    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
+        groups = self._groups(self.visible(shape, window, sinks)[0])
+        one = GROUP * self.slots * shape.head_dim * self.slots * (2 * STEPS + 3)
+        return super().cost(shape, window, sinks) + Cost(0.0, float(groups.max() * one))
+
+    def _groups(self, chunks: Tensor) -> Tensor:
+        """How many groups are read at the second level where `chunks` chunks are read in all."""
+        return (chunks // GROUP - 1).clamp(min=0) * (self.levels - 1)
+
+
+def coarser(slots: Slots, groups: int, count: int, kept: int) -> Slots:
+    """`kept` slots for each of the first `groups` times `count` slots of every head.
+
+    Masses and values of the slots that come together are added, so that their sums over a group
+    stay. Log-weights must be zero, or -inf for an empty slot.
+    """
+    key, weight, value = (
+        t[:, :, : groups * count].unflatten(2, (groups, count))
+        for t in (slots.key, slots.weight, slots.value)
+    )
+    seed = _apart(key, weight, kept)
+    member = lloyd(key, weight, take(key, seed), STEPS)
+    share = member * weight[..., None]
+    mass = share.sum(-2)
+    centre = share.mT @ key / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
+    return whole_tiles(Summary(centre, mass, member.mT @ value), torch.zeros_like(mass))
+
+
+def _apart(points: Tensor, weight: Tensor, count: int) -> Tensor:
+    """`count` points, each the one with the most weight times squared distance to those before."""
+    picked = torch.zeros(*weight.shape[:-1], count, dtype=torch.int64, device=points.device)
+    picked[..., 0] = weight.argmax(-1)
+    nearest = torch.full_like(weight, float("inf"))
+    for step in range(1, count):
+        distance = (points - take(points, picked[..., step - 1, None])).square().sum(-1)
+        nearest = torch.minimum(nearest, distance)
+        picked[..., step] = (weight * nearest).argmax(-1)
+    return picked
