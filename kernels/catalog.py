@@ -29,6 +29,7 @@ from attnplan.kernels.far.nystrom import Nystrom
 from attnplan.kernels.far.performer import Performer
 from attnplan.kernels.far.polysketch import PolySketch
 from attnplan.kernels.far.sampled_columns import SampledColumns
+from attnplan.kernels.far.skyformer import Skyformer
 from attnplan.kernels.far.taylor import Taylor
 from attnplan.kernels.far.tensor_sketch import TensorSketch
 from attnplan.kernels.far.wildcat import Wildcat
@@ -81,6 +82,7 @@ FAR: dict[str, type[Compressor]] = {
         CSALR,
         Linear,
         AttentionMatching,
+        Skyformer,
     )
 }
 DENSE = Approximation(Dense())

@@ -14,6 +14,8 @@ from torch import Tensor
 from attnplan.kernels import catalog, query_draws
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.far.attention_matching import match_mass
+from attnplan.kernels.far.skyformer import newton_schulz
+from attnplan.kernels.kernel_slots import gaussian
 
 
 def text(queries: int = 700, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
@@ -146,3 +148,59 @@ def test_two_levels_are_offered_for_long_texts() -> None:
 
     assert levels(2048) == [1] and levels(4096) == [1, 2]
     assert catalog.from_dict(catalog.to_dict(NESTED)) == NESTED
+
+
+def normalised(x: Tensor, ridge: float) -> Tensor:
+    """D^-1/2 (g(x, x) + ridge I) D^-1/2."""
+    kernel = gaussian(x, x) + ridge * torch.eye(x.shape[-2], dtype=x.dtype)
+    root = kernel.sum(-1, keepdim=True).rsqrt()
+    return kernel * root * root.mT
+
+
+def test_newton_schulz_inverts_a_well_conditioned_kernel() -> None:
+    x = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = normalised(x, 0.1)
+    torch.testing.assert_close(
+        newton_schulz(matrix, 6), torch.linalg.inv(matrix), rtol=0, atol=1e-6
+    )
+
+
+def test_six_newton_schulz_steps_are_a_spectral_filter() -> None:
+    """Small eigenvalues x of matrix @ result follow x = 1 - (3 (1 - x)^3 + (1 - x)^4) / 4."""
+    expected = torch.logspace(-8, 0, 9, dtype=torch.float64)
+    basis = torch.linalg.qr(
+        torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q
+    matrix = basis * expected @ basis.mT
+    found = (basis.mT @ matrix @ newton_schulz(matrix, 6) @ basis).diagonal()
+    for _ in range(6):
+        expected = 1 - (3 * (1 - expected) ** 3 + (1 - expected) ** 4) / 4
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+    assert found[0] < 1e-4 and found[-1] > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_newton_schulz_stays_finite_on_an_ill_conditioned_kernel(dtype: torch.dtype) -> None:
+    """All landmarks nearly the same, without a ridge."""
+    x = 1e-3 * torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    found = newton_schulz(normalised(x, 0.0).to(dtype), 6)
+    assert bool(found.isfinite().all()) and float(found.float().abs().amax()) < 1.1 * 3.25**6
+
+
+def test_all_keys_as_landmarks_are_exact_where_they_lie_apart() -> None:
+    inputs = text()
+    inputs = dataclasses.replace(inputs, scale=4.0)
+    exact = pair("skyformer", chunk=64, slots=64, drawn=0, ridge=12)
+    assert error(exact, inputs) < 1e-6
+    assert error(dataclasses.replace(exact, far=None), inputs) > 0.1
+
+
+def test_drawn_landmarks_lie_where_the_queries_are() -> None:
+    """In balanced coordinates, as keys, the draws have the covariance of the queries."""
+    inputs = text(4000)
+    fitted = catalog.FAR["skyformer"].fit(moments(inputs.query, inputs.key))
+    draws = fitted["skyformer.draws"].double() @ fitted["balanced.key_map"].double()
+    centred = inputs.query[0] - inputs.query[0].mean(1, keepdim=True)
+    queries = centred @ fitted["balanced.query_map"].double()
+    ratio = draws.square().sum(-1).mean(1) / queries.square().sum(-1).mean(1)
+    assert bool(((ratio > 0.7) & (ratio < 1.3)).all())
