@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Moments
+from attnplan.kernels.approximation import Inputs, Moments
 
 FLOOR = 1e-6
 """Directions with a smaller share of the largest energy are not stretched further."""
@@ -62,6 +62,24 @@ def _centred(moments: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query = moments.query_gram.double() - query_mean[:, :, None] * query_mean[:, None, :]
     key = moments.key_gram.double().repeat_interleave(group, 0)
     return query_mean, query, key_mean, key - key_mean[:, :, None] * key_mean[:, None, :]
+
+
+def coordinates(inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and centred keys in balanced coordinates, each [batch, heads, rows, head_dim].
+
+    float32, or float64 for float64 inputs. A query's products with all keys move alike.
+
+    Args:
+        inputs: the call, with its fitted data.
+        query: rows of its queries.
+    """
+    wide = torch.promote_types(inputs.key.dtype, torch.float32)
+
+    def fitted(name: str) -> Tensor:
+        return inputs.fitted_tensor(f"balanced.{name}")[list(inputs.head)].to(wide)
+
+    key = inputs.key[:, list(inputs.kv_head)].to(wide) - fitted("key_mean")[:, None]
+    return query.to(wide) @ fitted("query_map"), key @ fitted("key_map")
 
 
 def _powers(gram: Tensor) -> tuple[Tensor, Tensor]:

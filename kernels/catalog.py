@@ -43,6 +43,9 @@ from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.lsh import LSH
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.random_blocks import RandomBlocks
+from attnplan.kernels.near.routing import Routing
+from attnplan.kernels.near.smyrf import Smyrf
+from attnplan.kernels.near.sorted_blocks import SortedBlocks
 from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.two_stage import TwoStage
 from attnplan.kernels.near.vertical_slash import VerticalSlash
@@ -63,6 +66,9 @@ NEAR: dict[str, type[Selector]] = {
         Quest,
         Antidiagonal,
         LSH,
+        Smyrf,
+        SortedBlocks,
+        Routing,
         Loki,
         TwoStage,
     )

@@ -151,6 +151,14 @@ def pack_tokens(tokens: Tensor, keys: int) -> TileList:
     return TileList(batch, heads, blocks, offsets, tiles, gather, masks)
 
 
+def distinct(tokens: Tensor) -> Tensor:
+    """Keys [..., top] in ascending order, -1 in the place of all but the first of equal ones."""
+    tokens = tokens.sort(-1).values
+    twice = torch.zeros_like(tokens, dtype=torch.bool)
+    twice[..., 1:] = tokens[..., 1:] == tokens[..., :-1]
+    return torch.where(twice, -1, tokens)
+
+
 def _per_head(bound: Tensor, batch: int, heads: int, queries: int) -> Tensor:
     """A bound as [batch, heads, queries]."""
     if bound.shape == (batch, queries):

@@ -189,6 +189,9 @@ EVERYTHING = [
     {"near": {"name": "quest", "top": 500}},
     {"near": {"name": "antidiagonal", "top": 500}},
     {"near": {"name": "lsh", "buckets": 1, "rounds": 2, "top": 500}},
+    {"near": {"name": "smyrf", "top": 500, "window": 1, "segment": 64}},
+    {"near": {"name": "sorted_blocks", "top": 500, "window": 1, "segment": 64}},
+    {"near": {"name": "routing", "top": 500, "window": 1, "segment": 100}},
     {"near": {"name": "window", "window": 500}, "far": {"name": "centroid_t"}},
     {
         "near": {"name": "window", "window": 16},

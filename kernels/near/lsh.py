@@ -27,7 +27,7 @@ from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.pattern import relative_positions, window_pairs
 from attnplan.kernels.tile_list import TileList
-from attnplan.kernels.token_selection import pack_tokens
+from attnplan.kernels.token_selection import distinct, pack_tokens
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,8 @@ class LSH(Selector):
 
     def _hashes(self, inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
         """Buckets of queries and keys, int64 [batch, heads, rounds, queries or keys]."""
-        wide = torch.promote_types(inputs.key.dtype, torch.float32)
-        heads = list(inputs.head)
-
-        def fitted(name: str) -> Tensor:
-            return inputs.fitted_tensor(f"balanced.{name}")[heads].to(wide)
-
-        key = inputs.key[:, list(inputs.kv_head)].to(wide) - fitted("key_mean")[:, None]
-        key = key @ fitted("key_map")
-        return self._bucket(query.to(wide) @ fitted("query_map")), self._bucket(key)
+        query, key = balance.coordinates(inputs, query)
+        return self._bucket(query), self._bucket(key)
 
     def _bucket(self, x: Tensor) -> Tensor:
         if self.buckets == 1:
@@ -129,10 +122,7 @@ class LSH(Selector):
         there = place >= first[..., None]
         found = torch.gather(order, -1, place.clamp(min=0).flatten(3)).view(place.shape) % keys
         found = torch.where(there, found, -1)  # [batch, heads, rounds, queries, top]
-        found = found.transpose(2, 3).flatten(3).sort(-1).values
-        twice = torch.zeros_like(found, dtype=torch.bool)
-        twice[..., 1:] = found[..., 1:] == found[..., :-1]
-        return torch.where(twice, -1, found).to(torch.int32)
+        return distinct(found.transpose(2, 3).flatten(3)).to(torch.int32)
 
 
 @lru_cache(maxsize=64)
