@@ -384,12 +384,13 @@ def prepare(
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
     candidates = offered(loaded.identity.prefill_shape(work.context))
-    progress.stage("Scoring candidates", work.texts + 1)
-    scores = score(loaded, work, store, files, run, candidates, progress.advance, thorough=thorough)
     progress.stage("Timing kernels", None)
     costs = measure_device(
         loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
     )
+    progress.stage("Scoring candidates", work.texts + 1)
+    head_ms = None if thorough else costs.fit.model.head_ms
+    scores = score(loaded, work, store, files, run, candidates, progress.advance, head_ms=head_ms)
     return run, scores, costs
 
 

@@ -25,8 +25,10 @@ from attnplan.search.scores import Observed, sampled_blocks, score_layer
 BLOCKS = 12
 """Query blocks of a text that candidates are compared on."""
 SLACK = 1.5
-"""After the first text a candidate is dropped on a head where one that costs no more loses less by
-this factor."""
+"""After the first text a candidate is dropped on a head where one that costs no more, in
+multiply-adds and in time, loses less by this factor."""
+NOISE = 1.05
+"""Times that differ by less than this factor are the same."""
 
 _Scored = tuple[int, list[records.CandidateScore]]
 
@@ -60,19 +62,28 @@ def score(
     candidates: tuple[Approximation, ...],
     advance: Advance = silent,
     *,
-    thorough: bool = False,
+    head_ms: NDArray[np.float64] | None = None,
 ) -> ScoreTable:
     """Score what is not scored yet, and read all scores back.
 
-    A candidate that the first text shows to be hopeless on a head is scored on the other texts only
-    where `thorough`.
-
     Captured tensors are used where they are still there and captured again where not; once
     everything is scored they are deleted.
+
+    Args:
+        loaded: the model.
+        work: calibration texts.
+        store: where scores are kept.
+        files: captured tensors.
+        run: the profile run.
+        candidates: what to score, dense first.
+        advance: called with what comes next.
+        head_ms: time per head of every candidate: what the first text shows to be hopeless on a
+            head is not scored on the others. Without it, everything is scored on all texts.
     """
     names = [catalog.key(candidate) for candidate in candidates]
-    asked = digest([names, BLOCKS, None if thorough else SLACK])
-    density, dynamic = _costs(loaded, work, candidates)
+    asked = digest([names, BLOCKS, None if head_ms is None else SLACK])
+    shape = loaded.identity.prefill_shape(work.context)
+    density = np.array([candidate.density(shape) for candidate in candidates])
     layers = loaded.identity.layers
     done = store.scores_done(run.id, asked)
     missing = {
@@ -85,14 +96,18 @@ def score(
             if not wanted:
                 continue
             advance(f"text {text + 1} of {work.texts + 1}")
+            sizes = (layers, loaded.identity.heads, len(names))
+            known = _matrix(store.load_scores(run.id), names, work, sizes)[0]
+            offered = np.isnan(known[text])
+            if text and head_ms is not None:
+                offered &= promising(known[0], density, head_ms)
+            if not offered[wanted].any():
+                for layer in wanted:
+                    store.save_scores(run.id, text, layer, asked, [])
+                continue
             if not files.has(text):
                 files.save(text, captured_text(loaded, work, text))
             blocks = _blocks(work, text)
-            shape = (layers, loaded.identity.heads, len(names))
-            known = _matrix(store.load_scores(run.id), names, work, shape)[0]
-            offered = np.isnan(known[text])
-            if text and not thorough:
-                offered &= promising(known[0], density, dynamic)
             todo = (layer for layer in files.layers(text) if layer.layer in wanted)
 
             def rows(
@@ -141,29 +156,19 @@ def table(
 
 
 def promising(
-    fisher: NDArray[np.float64], density: NDArray[np.float64], dynamic: NDArray[np.bool_]
+    fisher: NDArray[np.float64], density: NDArray[np.float64], head_ms: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
     """Candidates that no cheaper one of the same head makes hopeless.
 
-    A cheaper one is no denser, and selects online only if the candidate does.
-
     Args:
         fisher: [..., candidates].
-        density, dynamic: [candidates].
+        density, head_ms: what they cost, [candidates].
     """
     kept = np.zeros(fisher.shape, bool)
     for c in range(len(density)):
-        rivals = (density <= density[c] * (1 + 1e-9)) & (~dynamic | dynamic[c])
+        rivals = (density <= density[c] * (1 + 1e-9)) & (head_ms <= head_ms[c] * NOISE)
         kept[..., c] = fisher[..., c] <= SLACK * fisher[..., rivals].min(-1)
     return kept
-
-
-def _costs(
-    loaded: LoadedModel, work: Workload, candidates: tuple[Approximation, ...]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    shape = loaded.identity.prefill_shape(work.context)
-    density = np.array([candidate.density(shape) for candidate in candidates])
-    return density, np.array([not candidate.static for candidate in candidates])
 
 
 def _matrix(

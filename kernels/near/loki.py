@@ -52,12 +52,13 @@ class Loki(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for rank in (8, 16, 32):
-            for top in (16, 32, 64, 128):
-                for window in (32, 128, 512):
-                    small = rank < shape.head_dim and window + top < shape.keys // 2
-                    if small and (window < 512 or top == 32):
-                        yield cls(rank, top, window)
+        for rank, top, window in (
+            *((8, 64, 32), (8, 128, 32), (8, 128, 128), (8, 32, 512)),
+            *((16, 32, 32), (16, 64, 32), (16, 128, 32), (16, 128, 128), (16, 32, 512)),
+            *((32, 64, 32), (32, 128, 32), (32, 128, 128)),
+        ):
+            if rank < shape.head_dim and window + top < shape.keys // 2:
+                yield cls(rank, top, window)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         return self.select([self] * len(inputs.head), inputs, blocks)

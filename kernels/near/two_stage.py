@@ -63,10 +63,13 @@ class TwoStage(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for rank, blocks, top in ((16, 8, 16), (16, 8, 32), (16, 16, 64), (32, 16, 64)):
-            for window in (32, 128):
-                if rank < shape.head_dim and 4 * (window + blocks * SIEVE) <= shape.keys:
-                    yield cls(rank, blocks, top, window)
+        for rank, blocks, top, window in (
+            *((8, 8, 32, 32), (8, 16, 32, 32), (8, 16, 32, 128), (8, 16, 64, 32)),
+            *((16, 8, 32, 32), (16, 16, 64, 32), (16, 16, 64, 128)),
+            *((16, 32, 128, 32), (16, 32, 128, 128), (32, 8, 32, 128), (32, 16, 64, 32)),
+        ):
+            if rank < shape.head_dim and 2 * (window + blocks * SIEVE) < shape.keys:
+                yield cls(rank, blocks, top, window)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         windows = Window(self.window, self.sinks).near(inputs, blocks)

@@ -52,7 +52,7 @@ class VerticalSlash(Selector):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for columns, diagonals in ((32, 2), (64, 1), (128, 4), (256, 4)):
+        for columns, diagonals in ((64, 1), (128, 4)):
             if columns + (diagonals + 3) * BLOCK < shape.keys:
                 yield cls(columns, diagonals)
 
