@@ -246,21 +246,31 @@ def compare(
     seed: Seed = 0,
     repeats: Repeats = 3,
     trust_remote_code: Trust = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write it here: .md for a table, .html for a page.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Compare all methods of the catalog on a model's heads, at equal cost."""
     from dataclasses import asdict
 
+    from attnplan import league_page
     from attnplan.league import HEADERS, league, lines
     from attnplan.profiles.database import Store
     from attnplan.profiling import capture_files, run_key
 
+    if out is not None:
+        league_page.check(out)
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
     with Store(db) as store, Stages() as progress:
         files = capture_files(run_key(loaded, work), CAPTURES)
         entries = league(loaded, work, store, files, density, repeats=repeats, progress=progress)
+    if out is not None:
+        title = f"{model}: all methods at {context} tokens, density at most {density:g}"
+        command = f"attnplan compare {model} --context {context} --density {density:g} --out {out}"
+        league_page.write(out, entries, title, command)
     if json_:
         _print_json({"density": density, "entries": [asdict(entry) for entry in entries]})
     else:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from attnplan import league_page
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.quest import Quest
@@ -72,3 +75,25 @@ def test_a_method_that_is_too_dear_says_so() -> None:
     quest = entries((DENSITY[1] + min(DENSITY[2:])) / 2)["quest"]
     assert (quest.setting, quest.kl, quest.wins) == (None, None, 0)
     assert lines([quest])[0][1] == "none so cheap"
+
+
+def test_the_table_is_written_as_its_name_ends(tmp_path: Path) -> None:
+    rows = list(entries(0.3).values())
+    with pytest.raises(ValueError, match=r"must end in \.md or \.html"):
+        league_page.write(tmp_path / "table.txt", rows, "All methods", "attnplan compare x")
+    for name in ("table.md", "table.html"):
+        league_page.write(tmp_path / name, rows, "All <methods>", "attnplan compare x")
+    markdown = (tmp_path / "table.md").read_text()
+    assert markdown.count("\n|") == 2 + len(rows) and "attnplan compare x" in markdown
+    page = (tmp_path / "table.html").read_text()
+    assert "All &lt;methods&gt;" in page and "All <methods>" not in page
+    svg = ElementTree.fromstring(league_page.chart(rows))
+    kinds = [child.tag.rpartition("}")[2] for child in svg]
+    assert kinds.count("rect") == sum(e.kl_per_head is not None for e in rows)
+    assert kinds.count("circle") == sum(e.kl is not None for e in rows) == 2
+    widths = [float(c.attrib["width"]) for c in svg if c.tag.endswith("rect")]
+    assert widths == sorted(widths)  # as the rows are: least loss first
+
+
+def test_a_chart_of_nothing_is_empty() -> None:
+    assert league_page.chart([]) == ""
