@@ -41,6 +41,7 @@ from attnplan.kernels.near.heavy_hitters import HeavyHitters
 from attnplan.kernels.near.leverage import Leverage
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.lsh import LSH
+from attnplan.kernels.near.moba import MoBA
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.random_blocks import RandomBlocks
 from attnplan.kernels.near.routing import Routing
@@ -63,6 +64,7 @@ NEAR: dict[str, type[Selector]] = {
         HeavyHitters,
         Leverage,
         BlockTopK,
+        MoBA,
         Quest,
         Antidiagonal,
         LSH,

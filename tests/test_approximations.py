@@ -187,6 +187,7 @@ EVERYTHING = [
     {"near": {"name": "heavy_hitters", "top": 500, "window": 1, "segment": 64}},
     {"near": {"name": "leverage", "top": 500, "window": 1, "segment": 100}},
     {"near": {"name": "quest", "top": 500}},
+    {"near": {"name": "moba", "top": 500}},
     {"near": {"name": "antidiagonal", "top": 500}},
     {"near": {"name": "lsh", "buckets": 1, "rounds": 2, "top": 500}},
     {"near": {"name": "smyrf", "top": 500, "window": 1, "segment": 64}},

@@ -236,22 +236,27 @@ def test_clustered_keys_are_found_more_often_than_by_chance(name: str, gain: flo
     assert held > gain * 48 / int(past.sum(-1)[0])
 
 
-@pytest.mark.parametrize("name", BY_SEGMENT)
+@pytest.mark.parametrize("name", [*BY_SEGMENT, "moba"])
 @pytest.mark.parametrize("last", [0, 63, 200, 333, 511, 512, 640])
 def test_what_comes_after_a_query_changes_no_choice(name: str, last: int) -> None:
-    """Not even in its own segment, and not even NaN."""
+    """Not even in its own segment or block, and not even NaN."""
     inputs = text()
-    selector = method(name, top=16, segment=128).near
+    knobs = {"top": 16, "segment": 128} if name in BY_SEGMENT else {"top": 2}
+    selector = method(name, **knobs).near
+    later = (slice(None), slice(None), slice(last + 1, None))
     before = selector.keep(inputs)[:, :, : last + 1]
-    query, key = inputs.query.clone(), inputs.key.clone()
-    query[:, :, last + 1 :] = float("nan")
-    key[:, :, last + 1 :] = float("nan")
-    after = selector.keep(dataclasses.replace(inputs, query=query, key=key))[:, :, : last + 1]
-    assert torch.equal(before, after)
+    read = selector.near(inputs, all_blocks(inputs)).counts(700, 700)[:, :, : last + 1]
+    for other in (float("nan"), 50.0):
+        query, key = inputs.query.clone(), inputs.key.clone()
+        query[later], key[later] = other, other
+        changed = dataclasses.replace(inputs, query=query, key=key)
+        assert torch.equal(selector.keep(changed)[:, :, : last + 1], before)
+    again = selector.near(changed, all_blocks(inputs)).counts(700, 700)
+    assert torch.equal(again[:, :, : last + 1], read)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", BY_SEGMENT)
+@pytest.mark.parametrize("name", [*BY_SEGMENT, "moba"])
 def test_hazards_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
     """Keys of huge norm, equal keys, zero keys and zero queries."""
     inputs = text(dtype=dtype)
@@ -262,7 +267,7 @@ def test_hazards_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
     query[:, :, 400:410] = 0
     query[:, :, 500:510] *= 1000
     inputs = dataclasses.replace(inputs, key=key, query=query)
-    approximation = method(name, top=32)
+    approximation = method(name, top=32 if name in BY_SEGMENT else 3)
     tiles, _ = approximation.tiles(inputs, all_blocks(inputs))
     counts = tiles.counts(700, 700)
     assert int(counts.max()) == 1 and int((counts * ~causal(inputs)).sum()) == 0
@@ -276,3 +281,54 @@ def test_selection_is_counted_where_there_is_something_to_select(name: str) -> N
     near = method(name, top=200).near
     assert near.cost(AttentionShape(1, 4, 2, 380, 380, 16)).selection == 0
     assert near.cost(AttentionShape(1, 4, 2, 700, 700, 16)).selection > 0
+
+
+def moba_of_the_paper(query: Tensor, key: Tensor, value: Tensor, block: int, top: int) -> Tensor:
+    """One head as its authors' plain version (moba_naive.py) has it, own block counted in `top`."""
+    length = query.shape[0]
+    count = -(-length // block)
+    means = torch.stack([key[n * block : (n + 1) * block].mean(0) for n in range(count)])
+    gate = query @ means.T
+    for n in range(count):
+        gate[: (n + 1) * block, n] = float("-inf")
+        gate[n * block : (n + 1) * block, n] = float("inf")
+    best = gate.topk(min(top, count), dim=-1)
+    attend = gate >= best.values.amin(-1, keepdim=True)
+    attend &= torch.zeros_like(attend).scatter_(1, best.indices, True)
+    keep = attend.repeat_interleave(block, 1)[:, :length].tril()
+    return torch.softmax((query @ key.T * 0.25).masked_fill(~keep, float("-inf")), -1) @ value
+
+
+@pytest.mark.parametrize("top", [1, 3, 8])
+@pytest.mark.parametrize("queries", [64, 500, 640])
+def test_moba_without_sinks_is_that_of_its_authors(queries: int, top: int) -> None:
+    inputs = text(queries)
+    output = run(method("moba", top=top, sinks=0), inputs)
+    for head in range(4):
+        key, value = inputs.key[0, head // 2], inputs.value[0, head // 2]
+        expected = moba_of_the_paper(inputs.query[0, head], key, value, 64, top + 1)
+        torch.testing.assert_close(output[0, head], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("start", [0, 30, 63, 64, 100])
+@pytest.mark.parametrize("sinks", [0, 4, 70])
+def test_moba_reads_sinks_wherever_they_lie(start: int, sinks: int) -> None:
+    inputs = text(400, start=(start,))
+    selector = method("moba", top=1, sinks=sinks).near
+    counts = selector.near(inputs, all_blocks(inputs)).counts(400, 400)
+    assert torch.equal(counts > 0, selector.keep(inputs)) and int(counts.max()) == 1
+    assert bool((counts[:, :, start + sinks :, start : start + sinks] == 1).all())
+
+
+def test_moba_chooses_for_every_query_on_its_own() -> None:
+    """Two kinds of queries in turn, each with a block of its own to find."""
+    inputs = text(64 * 9)
+    key, query = inputs.key.clone(), inputs.query.clone()
+    wanted = torch.nn.functional.one_hot(torch.tensor([2, 5]), 16).to(key) * 9
+    query[:, :, 512:] = wanted[torch.arange(64) % 2]
+    for block, direction in zip((1, 4), wanted, strict=True):
+        key[:, :, 64 * block : 64 * (block + 1)] = direction
+    inputs = dataclasses.replace(inputs, key=key, query=query)
+    kept = method("moba", top=1).near.keep(inputs)[:, :, 512:]
+    assert bool(kept[:, :, 0::2, 64:128].all()) and not bool(kept[:, :, 1::2, 64:128].any())
+    assert bool(kept[:, :, 1::2, 256:320].all()) and not bool(kept[:, :, 0::2, 256:320].any())
