@@ -306,6 +306,8 @@ class Compressor(ABC):
 
     name: ClassVar[str]
     family: ClassVar[str] = "low-rank"
+    windows: ClassVar[tuple[int, ...]] = (128,)
+    """Recent keys of the selectors that it is worth trying with."""
     predictor: ClassVar[str]
 
     @classmethod

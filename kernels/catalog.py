@@ -105,7 +105,8 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
             yield Approximation(near)
             if near.tried_with_far(shape):
                 for compressor in FAR.values():
-                    yield from (Approximation(near, far) for far in compressor.choices(shape))
+                    pairs = (Approximation(near, far) for far in compressor.choices(shape))
+                    yield from (pair for pair in pairs if pair.reach[0] in compressor.windows)
 
 
 def fit(moments: Moments) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ class CentroidT(ChunkCompressor):
 
     name: ClassVar[str] = "centroid_t"
     predictor: ClassVar[str] = "cluster_inertia"
+    windows: ClassVar[tuple[int, ...]] = (32, 128, 512)
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((64, 8), (256, 16))
     mean_name: ClassVar[str | None] = "centroid_t.query_mean"
 

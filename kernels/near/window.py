@@ -47,8 +47,8 @@ class Window(StaticPattern):
             yield cls(128, 64)
 
     def tried_with_far(self, shape: AttentionShape) -> bool:
-        """Every second window, as long as it leaves most of the text to the far field."""
-        return self.window in (32, 128, 512) and self.sinks == 4 and 8 * self.window <= shape.keys
+        """As long as it leaves most of the text to the far field."""
+        return self.sinks == 4 and 8 * self.window <= shape.keys
 
     def cost(self, shape: AttentionShape) -> Cost:
         return Cost(2.0 * shape.head_dim * window_pairs(shape, self.window, self.sinks))
