@@ -93,6 +93,9 @@ def search(
     minimize: Annotated[str | None, typer.Option(help="kl, latency or memory.")] = None,
     trials: Annotated[int, typer.Option(min=0, help="Trials of the Optuna study.")] = 16,
     swaps: Annotated[int, typer.Option(min=0, help="Swaps that refinement may measure.")] = 8,
+    methods: Annotated[
+        str | None, typer.Option(help="Only these methods, as window,loki; else all.")
+    ] = None,
     context: Context = 2048,
     sequences: Sequences = 3,
     data: Data = "builtin",
@@ -114,7 +117,9 @@ def search(
     from attnplan.profiles.database import Store
     from attnplan.profiling import capture_files, run_key
     from attnplan.search.budget import Budget, parse_latency, parse_memory
+    from attnplan.search.candidates import parse_methods
 
+    only = None if methods is None else parse_methods(methods)
     budget = Budget(
         max_density=max_density,
         max_latency=None if max_latency is None else parse_latency(max_latency),
@@ -135,7 +140,7 @@ def search(
         sequences=sequences,
         split="holdout" if holdout is None else "all",
     )
-    request = Request(budget, trials, swaps, repeats, seed)
+    request = Request(budget, trials, swaps, repeats, seed, only)
     with Store(db) as store, Stages() as progress:
         files = capture_files(run_key(loaded, work), CAPTURES)
         outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)

@@ -92,6 +92,7 @@ class Request:
         swaps: proposals that refinement may measure.
         repeats: pairs of timed runs.
         seed: of everything random.
+        methods: names of the methods to consider; None for the whole catalog.
     """
 
     budget: Budget
@@ -99,6 +100,13 @@ class Request:
     swaps: int = 10
     repeats: int = 3
     seed: int = 0
+    methods: frozenset[str] | None = None
+
+    @property
+    def canonical(self) -> dict[str, Any]:
+        """What a search is known by, beside its seed."""
+        asked = self.budget.canonical()
+        return asked if self.methods is None else {**asked, "methods": sorted(self.methods)}
 
 
 @dataclass(frozen=True)
@@ -375,6 +383,7 @@ def prepare(
     repeats: int,
     progress: Progress,
     *,
+    methods: frozenset[str] | None = None,
     thorough: bool = False,
 ) -> tuple[records.ProfileRun, ScoreTable, DeviceCosts]:
     """What every candidate loses on every head and costs here; only what is missing is measured.
@@ -383,7 +392,7 @@ def prepare(
     """
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
-    candidates = offered(loaded.identity.prefill_shape(work.context))
+    candidates = offered(loaded.identity.prefill_shape(work.context), methods)
     progress.stage("Timing kernels", None)
     costs = measure_device(
         loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
@@ -420,7 +429,9 @@ def plan(
         BudgetError: the budget is out of reach by the cost models alone.
     """
     progress = progress or Quiet()
-    run, scores, costs = prepare(loaded, work, store, files, request.repeats, progress)
+    run, scores, costs = prepare(
+        loaded, work, store, files, request.repeats, progress, methods=request.methods
+    )
     planner = Planner(
         loaded,
         work,
@@ -451,9 +462,7 @@ def _search(planner: Planner) -> Outcome:
         corrections = _calibrated(planner, corrections, first, budget)
     problem = planner.problem(corrections)
     study = _study_name(planner, problem, corrections.tightened(budget))
-    key = records.SearchKey(
-        planner.run.id, planner.costs.device, request.budget.canonical(), request.seed
-    )
+    key = records.SearchKey(planner.run.id, planner.costs.device, request.canonical, request.seed)
     search = store.open_search(key, study)
 
     attempts: list[Choice] = []

@@ -36,7 +36,7 @@ from attnplan.profiling import (
 from attnplan.report import HEADERS, comparison, figures, lines, to_plan
 from attnplan.scoring import promising, score
 from attnplan.search.budget import Budget, BudgetError, Limit
-from attnplan.search.candidates import candidates
+from attnplan.search.candidates import candidates, parse_methods
 from attnplan.search.corrections import Corrections as SearchCorrections
 from attnplan.search.evaluation import BROKEN_KL, Evaluated
 from attnplan.search.latency import LatencyModel
@@ -212,6 +212,18 @@ def test_hopeless_candidates_are_scored_on_the_first_text_alone(
     for layer, head, c in second:
         assert pruned.texts[layer, head, c] == pytest.approx(whole.texts[layer, head, c], rel=1e-5)
         assert pruned.copying[layer, head, c] <= whole.copying[layer, head, c] * (1 + 1e-5)
+
+
+def test_a_search_may_be_held_to_some_methods() -> None:
+    shape = AttentionShape(1, 4, 2, 2048, 2048, 16)
+    some = candidates(shape, parse_methods("window, quest,centroid_t"))
+    assert {a.name for a in some} == {"dense", "window", "quest", "window+centroid_t"}
+    assert some[0].is_dense and set(some) < set(candidates(shape))
+    with pytest.raises(ValueError, match="unknown method 'windw'; known: dense, "):
+        parse_methods("windw")
+    asked = Request(Budget(max_density=0.5))
+    assert asked.canonical == asked.budget.canonical()
+    assert replace(asked, methods=frozenset({"b", "a"})).canonical["methods"] == ["a", "b"]
 
 
 def test_a_candidate_is_hopeless_beside_a_cheaper_and_better_one() -> None:
