@@ -80,6 +80,10 @@ class Cost:
         return Cost(self.attention + other.attention, self.selection + other.selection)
 
 
+POSITIONS = 128
+"""Keys in a chunk for statistics that depend on the position in a chunk."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Second moments of one layer's queries and keys on calibration text, after RoPE.
@@ -89,12 +93,15 @@ class Moments:
         query_gram: [heads, head_dim, head_dim], mean of q q^T (not centred).
         key_mean: [kv_heads, head_dim].
         key_gram: [kv_heads, head_dim, head_dim].
+        key_position_gram: [kv_heads, 128, 128], mean over chunks of 128 keys of the products of the
+            keys at two positions of a chunk; None where the texts or the profile have none.
     """
 
     query_mean: Tensor
     query_gram: Tensor
     key_mean: Tensor
     key_gram: Tensor
+    key_position_gram: Tensor | None = None
 
 
 Fitted = Mapping[str, Tensor]

@@ -24,6 +24,7 @@ from attnplan.kernels.far.attention_matching import AttentionMatching
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.csalr import CSALR
 from attnplan.kernels.far.linear import Linear
+from attnplan.kernels.far.linformer import Linformer
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.far.nystrom import Nystrom
 from attnplan.kernels.far.performer import Performer
@@ -91,6 +92,7 @@ FAR: dict[str, type[Compressor]] = {
         Linear,
         AttentionMatching,
         Skyformer,
+        Linformer,
     )
 }
 DENSE = Approximation(Dense())

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnplan.kernels.approximation import Moments
+from attnplan.kernels.approximation import POSITIONS, Moments
 from attnplan.profiles import probes
 from attnplan.profiles.clusters import cluster_inertia
 from attnplan.profiles.probes import CELLS, AttentionProbe
@@ -45,6 +45,8 @@ ENTROPY_EDGES = np.arange(0, 16 + 1 / 64, 1 / 32)
 NORM_EDGES = 2.0 ** np.arange(-20, 20 + 1 / 32, 1 / 16)
 MAXIMA = ("max_logit", "key_norm_max")
 HEAT = ("heat", "heat_queries", "heat_cell")
+LATER = ("key_position_gram", "position_chunks")
+"""Sums that statistics stored by earlier versions lack: nothing is known of those texts."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,10 @@ def merge(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
     if mine != theirs:
         raise ValueError(f"cannot merge statistics of different layers: {mine} and {theirs}")
     arrays = _merged_heat(a.arrays, b.arrays)
-    for name, x in a.arrays.items():
-        if name in MAXIMA:
+    for name, x in (b.arrays | a.arrays).items():
+        if name in LATER and not (name in a.arrays and name in b.arrays):
+            arrays[name] = x
+        elif name in MAXIMA:
             arrays[name] = np.maximum(x, b.arrays[name])
         elif name not in HEAT:
             arrays[name] = x + b.arrays[name]
@@ -175,7 +179,16 @@ def moments(statistics: LayerStatistics) -> Moments:
     def mean(name: str) -> Tensor:
         return torch.from_numpy(arrays[name] / count).float()
 
-    return Moments(mean("query_sum"), mean("query_gram"), mean("key_sum"), mean("key_gram"))
+    positions = None
+    if "position_chunks" in arrays and arrays["position_chunks"][0]:
+        positions = arrays["key_position_gram"] / arrays["position_chunks"]
+    return Moments(
+        mean("query_sum"),
+        mean("query_gram"),
+        mean("key_sum"),
+        mean("key_gram"),
+        None if positions is None else torch.from_numpy(positions).float(),
+    )
 
 
 def _of_attention(probe: AttentionProbe) -> dict[str, Array]:
@@ -217,6 +230,7 @@ def _of_vectors(query: Tensor, key: Tensor, value: Tensor, seed: int) -> dict[st
         x = x if x.dtype == torch.float64 else x.float()
         arrays[f"{name}_sum"] = _numpy(x.sum(1, dtype=torch.float64))
         arrays[f"{name}_gram"] = _numpy(x.mT @ x)
+    arrays["key_position_gram"], arrays["position_chunks"] = _by_position(key)
     norms = _numpy(key.float().norm(dim=2))
     arrays["key_norm_max"] = norms.max(1)
     arrays["key_norm_counts"] = _histograms(norms, NORM_EDGES)
@@ -224,6 +238,16 @@ def _of_vectors(query: Tensor, key: Tensor, value: Tensor, seed: int) -> dict[st
     within, total = cluster_inertia(key, clusters=clusters, seed=seed)
     arrays["cluster_within"], arrays["cluster_total"] = _numpy(within), _numpy(total)
     return arrays
+
+
+def _by_position(key: Tensor) -> tuple[Array, Array]:
+    """Products of keys by their positions in complete chunks, summed, and how many chunks."""
+    kv_heads, tokens, head_dim = key.shape
+    chunks = tokens // POSITIONS
+    key = key if key.dtype == torch.float64 else key.float()
+    rows = key[:, : chunks * POSITIONS].reshape(kv_heads, chunks, POSITIONS, head_dim)
+    rows = rows.transpose(1, 2).flatten(2)
+    return _numpy(rows @ rows.mT), np.array([float(chunks)])
 
 
 def _of_output(

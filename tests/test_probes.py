@@ -18,6 +18,7 @@ from attnplan.profiles.capture import LayerCapture
 from attnplan.profiles.clusters import cluster_inertia
 from attnplan.profiles.head_profile import finalise
 from attnplan.profiles.layer_statistics import (
+    LATER,
     LayerStatistics,
     measure,
     measure_layers,
@@ -293,6 +294,29 @@ def test_moments_are_means_over_all_queries_and_keys_of_all_texts() -> None:
     torch.testing.assert_close(found.key_mean, key.mean(1).float())
     torch.testing.assert_close(found.query_gram, (query.mT @ query / 120).float())
     torch.testing.assert_close(found.key_gram, (key.mT @ key / 120).float())
+
+
+def test_keys_are_multiplied_by_their_positions_in_complete_chunks() -> None:
+    parts = [vectors(2, 2, n, 8, 1.0, seed)[1] for seed, n in ((0, 300), (1, 130), (2, 127))]
+    found = moments(merge_all([statistics_of(n, s) for s, n in enumerate((300, 130, 127))]))
+    rows = torch.cat([parts[0][:, :256].unflatten(1, (2, 128)), parts[1][:, None, :128]], 1)
+    expected = torch.einsum("hcid,hcjd->hij", rows, rows) / 3
+    assert found.key_position_gram is not None
+    torch.testing.assert_close(found.key_position_gram, expected.float())
+
+
+def test_statistics_stored_without_positions_merge_with_later_ones() -> None:
+    new = statistics_of(300, 0)
+    old = LayerStatistics(
+        3, SCALE, {k: x for k, x in statistics_of(200, 1).arrays.items() if k not in LATER}
+    )
+    assert moments(old).key_position_gram is None
+    assert moments(statistics_of(100, 0)).key_position_gram is None
+    for both in (merge(new, old), merge(old, new)):
+        assert both.arrays["queries"][0] == 500 and both.arrays["position_chunks"][0] == 2
+        np.testing.assert_array_equal(
+            both.arrays["key_position_gram"], new.arrays["key_position_gram"]
+        )
 
 
 def test_layers_measured_at_once_are_measured_alike() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from attnplan.kernels import catalog, query_draws
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.far.attention_matching import match_mass
+from attnplan.kernels.far.linformer import Linformer, project
 from attnplan.kernels.far.skyformer import newton_schulz
 from attnplan.kernels.kernel_slots import gaussian
 
@@ -204,3 +205,61 @@ def test_drawn_landmarks_lie_where_the_queries_are() -> None:
     queries = centred @ fitted["balanced.query_map"].double()
     ratio = draws.square().sum(-1).mean(1) / queries.square().sum(-1).mean(1)
     assert bool(((ratio > 0.7) & (ratio < 1.3)).all())
+
+
+def drifting(inputs: Inputs, span: int = 24) -> Inputs:
+    """The same call with keys that are moving averages, of the same mean and variance."""
+    mean = inputs.key.mean(2, keepdim=True)
+    total = torch.nn.functional.pad(inputs.key - mean, (0, 0, span, 0)).cumsum(2)
+    return dataclasses.replace(
+        inputs, key=mean + (total[:, :, span:] - total[:, :, :-span]) / span**0.5
+    )
+
+
+def by_position(key: Tensor) -> Tensor:
+    """Gram matrices of a key tensor [1, kv_heads, tokens, head_dim] by position in chunks."""
+    chunks = key.shape[2] // 128
+    rows = key[0, :, : chunks * 128].unflatten(1, (chunks, 128))
+    return torch.einsum("hcid,hcjd->hij", rows, rows) / chunks
+
+
+def test_linformer_without_positions_is_the_mean_of_segments() -> None:
+    """Exact where the keys of a segment of 8 are the same."""
+    inputs = text()
+    segment = torch.arange(700) // 8 * 8
+    fitted = catalog.FAR["linformer"].fit(moments(inputs.query, inputs.key))
+    # the first chunk starts with sinks: they stay near, and the rest of their segment is whole
+    inputs = dataclasses.replace(inputs, key=inputs.key[:, :, segment], fitted=fitted)
+    assert error(pair("linformer", slots=16), inputs) < 1e-6
+    assert error(pair("linformer", slots=8), inputs) > 1e-3
+
+
+def test_more_projections_lose_less_of_drifting_keys() -> None:
+    inputs = drifting(text())
+    found = moments(inputs.query, inputs.key)
+    found = dataclasses.replace(found, key_position_gram=by_position(inputs.key))
+    inputs = dataclasses.replace(inputs, fitted=catalog.FAR["linformer"].fit(found))
+    errors = [error(pair("linformer", slots=slots), inputs) for slots in (8, 16, 32)]
+    dropped = error(catalog.from_dict({"near": {"name": "window", "window": 32}}), inputs)
+    assert errors == sorted(errors, reverse=True) and errors[2] < 0.5 * dropped
+
+
+def test_projections_are_stochastic_and_fit_better_with_every_step() -> None:
+    gram = by_position(drifting(text(1000)).key)
+    run_of = torch.arange(128) // 16
+    share = torch.nn.functional.one_hot(run_of, 8).double()
+    errors = []
+    for steps in (0, 1, 5, 20, 80):
+        mean, shares = project(gram, share.mT / 16, share, steps)
+        assert bool((mean >= 0).all()) and bool((shares >= 0).all())
+        for rows in (mean, shares):
+            torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+        rest = torch.eye(128).double() - shares @ mean
+        errors.append(float((rest @ gram @ rest.mT).diagonal(dim1=1, dim2=2).sum()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("knobs", [{"chunk": 64, "slots": 8}, {"chunk": 128, "slots": 9}])
+def test_linformer_has_the_sizes_that_are_fitted(knobs: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="as is fitted, got"):
+        Linformer(**knobs)
