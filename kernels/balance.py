@@ -11,6 +11,8 @@ geometric mean (Bhatia, Positive Definite Matrices, section 4.1).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,11 @@ def fit(moments: Moments) -> dict[str, Tensor]:
     `balanced.query_mean` and `balanced.key_mean` [heads, head_dim], `balanced.key_map` and
     `balanced.query_map` [heads, head_dim, head_dim]: a centred key k becomes k @ key_map.
     """
+    return dict(_balance(moments))
+
+
+@lru_cache(maxsize=1)  # several methods ask for the same layer
+def _balance(moments: Moments) -> dict[str, Tensor]:
     query_mean, query, key_mean, key = _centred(moments)
     root, inverse_root = _powers(key)
     middle, _ = _powers(root @ query @ root)
@@ -44,6 +51,11 @@ def fit_directions(moments: Moments) -> dict[str, Tensor]:
     `balanced.directions` [heads, head_dim, head_dim], in columns, and `balanced.spread`
     [heads, head_dim], the standard deviation along each: the same for queries and for keys.
     """
+    return dict(_directions(moments))
+
+
+@lru_cache(maxsize=1)
+def _directions(moments: Moments) -> dict[str, Tensor]:
     *_, key = _centred(moments)
     key_map = fit(moments)["balanced.key_map"].double()
     values, vectors = torch.linalg.eigh(key_map @ key @ key_map)

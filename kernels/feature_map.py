@@ -22,7 +22,7 @@ near, and mass and values add up with the exact ones of the near field.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, log2
@@ -39,7 +39,7 @@ from attnplan.kernels.tile_list import BLOCK
 
 Side = Literal["query", "key"]
 NUMBERS = 1 << 23  # features that are held at a time
-CANCELLED = 1000  # a mass this many rounding errors of its terms is not to be relied on
+CANCELLED = 1000  # a mass below so many rounding errors of its terms is not relied on
 EMPTY = -1e30  # log-weight of a chunk without keys; finite, so that differences are numbers
 
 
@@ -54,6 +54,8 @@ class FeatureMap(ChunkedFarField):
     predictor: ClassVar[str] = "random_feature_exponent"
     least_keys: ClassVar[int] = 0
     """Shorter texts are not worth trying."""
+    tried: ClassVar[Mapping[str, int]] = {}
+    """Knobs worth trying, where they are not the defaults."""
     logarithmic: ClassVar[bool] = False
     """`lift` answers with logarithms; the features are then positive."""
 
@@ -62,14 +64,14 @@ class FeatureMap(ChunkedFarField):
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
         if shape.keys >= max(3 * cls.chunk, cls.least_keys):
-            yield cls()
+            yield cls(**cls.tried)
 
     @abstractmethod
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
-        """Features [batch, heads, n, features] of rows y or x, the strongest direction first.
+        """Features [batch, heads, ..., features] of rows y or x, the strongest direction first.
 
         Args:
-            rows: [batch, heads, n, head_dim], of the heads of `inputs`.
+            rows: [batch, heads, ..., head_dim], of the heads of `inputs`.
             side: whose rows they are.
             inputs: the call.
         """
@@ -133,15 +135,16 @@ class FeatureMap(ChunkedFarField):
         for first in range(0, chunks, step):
             some = slice(first, first + step)
             x, log = frame.keys(key[:, :, some].to(dtype).flatten(2, 3))
-            sink = near[:, some].flatten(1, 2)[..., None]
+            x, log = (t.unflatten(2, (-1, self.chunk)) for t in (x, log))
+            sink = near[:, some, :, None]
             log = log.masked_fill(sink, float("-inf"))
             found = self.lift(x.masked_fill(sink, 0.0), "key", inputs)
-            log = (log + found if self.logarithmic else log).unflatten(2, (-1, self.chunk))
+            log = log + found if self.logarithmic else log
             shift = log.amax(3).clamp(min=EMPTY)
             weight = (log - shift[..., None, :]).exp()
-            if not self.logarithmic:
-                weight = weight * found.unflatten(2, (-1, self.chunk))
             summed = torch.nn.functional.pad(value[:, :, some].to(dtype), (0, 1), value=1.0)
+            if not self.logarithmic:
+                summed, weight = summed * weight, found
             made.append((weight.mT @ summed, shift))
         sums, shift = (torch.cat(same, 2) for same in zip(*made, strict=True))
         sums, shift = running_sums(sums, shift)
@@ -170,7 +173,7 @@ class FeatureMap(ChunkedFarField):
         for first in range(0, len(blocks), step):
             some = slice(first, first + step)
             y, row_shift = frame.queries(query[:, :, some].flatten(2, 3).to(frame.key_mean.dtype))
-            weight = self.lift(y, "query", inputs).unflatten(2, (-1, BLOCK))
+            weight = self.lift(y.unflatten(2, (-1, BLOCK)), "query", inputs)
             sums, shift = (t.flatten(0, 2)[place[:, :, some]] for t in state)
             top = shift
             if self.logarithmic:
@@ -180,7 +183,7 @@ class FeatureMap(ChunkedFarField):
             total = weight @ sums
             mass = total[..., -1]
             if not self.logarithmic:
-                terms = (weight.abs() @ sums[..., -1:].abs())[..., 0]
+                terms = weight.norm(dim=-1) * sums[..., -1].norm(dim=-1)[..., None]
                 lost = mass < CANCELLED * torch.finfo(mass.dtype).eps * terms
                 mass = mass.masked_fill(lost, 0.0)
             row_shift = row_shift + top.expand_as(mass).flatten(2, 3)
@@ -247,10 +250,18 @@ def running_sums(sums: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 def products(rows: Tensor) -> Tensor:
     """Products of all pairs of columns, [..., d (d + 1) / 2]: <., .> is the square of a.b."""
-    d = rows.shape[-1]
-    i, j = torch.triu_indices(d, d, device=rows.device)
-    factor = (1 + (i != j)).to(rows.dtype).sqrt()
-    return rows[..., i] * (rows[..., j] * factor)
+    columns = rows.mT.contiguous()  # long rows of memory
+    d, n = columns.shape[-2:]
+    made = columns.new_empty(*columns.shape[:-2], d * (d + 1) // 2, n)
+    twice = columns * 2**0.5
+    first = 0
+    for i in range(d):
+        column = columns[..., i : i + 1, :]
+        torch.mul(column, column, out=made[..., first : first + 1, :])
+        after = made[..., first + 1 : first + d - i, :]
+        torch.mul(column, twice[..., i + 1 :, :], out=after)
+        first += d - i
+    return made.mT
 
 
 def with_constant(rows: Tensor) -> Tensor:

@@ -280,21 +280,22 @@ def test_kernels_are_one_at_the_means() -> None:
         torch.testing.assert_close(found, torch.ones_like(found), rtol=0, atol=1e-9)
 
 
-def test_tensor_sketch_is_that_of_scikit_learn() -> None:
+@pytest.mark.parametrize("features", [64, 63, 2, 1])
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_tensor_sketch_is_that_of_scikit_learn(degree: int, features: int) -> None:
     inputs = text(40)
-    y = rows(inputs)[0]
-    for degree in (1, 2, 3):
-        far = TensorSketch(64, 64, degree, 7)
-        buckets, signs = (h.numpy() for h in hashes(degree, 17, 64, 7))
-        theirs = PolynomialCountSketch(
-            gamma=1 / degree, degree=degree, coef0=1, n_components=64, random_state=0
-        )
-        theirs.fit(y[0, 0].numpy())
-        # their constant is the last column, ours the first
-        theirs.indexHash_, theirs.bitHash_ = np.roll(buckets, -1, 1), np.roll(signs, -1, 1)
-        expected = theirs.transform(y[0, 0].numpy())
-        found = far.lift(y, "query", inputs)[0, 0].numpy()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+    y, x, _, _ = rows(inputs)
+    far = TensorSketch(64, features, degree, 7)
+    buckets, signs = (h.numpy() for h in hashes(degree, 17, features, 7))
+    theirs = PolynomialCountSketch(
+        gamma=1 / degree, degree=degree, coef0=1, n_components=features, random_state=0
+    )
+    theirs.fit(y[0, 0].numpy())
+    # their constant is the last column, ours the first
+    theirs.indexHash_, theirs.bitHash_ = np.roll(buckets, -1, 1), np.roll(signs, -1, 1)
+    expected = theirs.transform(y[0, 0].numpy()) @ theirs.transform(x[0, 0].numpy()).T
+    found = kernel(far, inputs, y, x)[0, 0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_tensor_sketches_are_unbiased_and_converge() -> None:

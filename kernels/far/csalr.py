@@ -35,7 +35,7 @@ class CSALR(FeatureMap):
     logarithmic: ClassVar[bool] = True
 
     landmarks: int = 64
-    temperature: int = 1
+    temperature: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,11 +45,11 @@ class CSALR(FeatureMap):
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
 
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
-        landmarks = self.drawn(inputs).to(rows)
+        landmarks = self.drawn(inputs).to(rows).unflatten(0, (-1, *[1] * (rows.ndim - 4)))
         scores = rows @ landmarks.mT
         if side == "key":
             return scores
-        half = landmarks.square().sum(-1)[:, None, :] / 2
+        half = landmarks.square().sum(-1)[..., None, :] / 2
         return torch.log_softmax(self.temperature * (scores - half), -1)
 
     def drawn(self, inputs: Inputs) -> Tensor:

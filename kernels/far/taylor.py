@@ -14,10 +14,10 @@ it, but centred, balanced and projected, and the mean query weighs the keys.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
@@ -30,6 +30,7 @@ class Taylor(FeatureMap):
 
     name: ClassVar[str] = "taylor"
     least_keys: ClassVar[int] = 1024
+    tried: ClassVar[Mapping[str, int]] = {"rank": 16}
 
     rank: int = 32
 
@@ -39,8 +40,10 @@ class Taylor(FeatureMap):
             raise ValueError(f"rank must be at least 1 direction, got {self.rank}")
 
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
-        low = rows[..., : self.rank]
-        return torch.cat([with_constant(low), products(low * 2**-0.25)], -1)
+        # 1 + s + s^2/2 = 1/2 + (1 + s)^2/2
+        features = products(with_constant(rows[..., : self.rank]) * 2**-0.25)
+        features[..., 0] = 1
+        return features
 
     def count(self, head_dim: int) -> int:
         rank = min(self.rank, head_dim)

@@ -6,6 +6,7 @@ sketches, which Fourier transforms turn into products:
 
     g(a) = F^-1 (F C_1 a * ... * F C_p a)     E <g(a), g(c)> = (a.c)^p     a = [1, y/sqrt(p)]
 
+Inner products are the same before F^-1 (Parseval), so the frequencies are the features.
 Estimates are signed, so some rows may come out without a positive mass.
 
 Source: Pham and Pagh, Tensor Sketch, https://arxiv.org/abs/2505.08146, section 3. The kernel
@@ -14,9 +15,9 @@ Source: Pham and Pagh, Tensor Sketch, https://arxiv.org/abs/2505.08146, section 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, log2
 from typing import ClassVar
 
 import torch
@@ -31,6 +32,7 @@ class TensorSketch(FeatureMap):
     """Sum over far keys by `features` buckets of products of `degree` entries."""
 
     name: ClassVar[str] = "tensor_sketch"
+    tried: ClassVar[Mapping[str, int]] = {"features": 128}
 
     features: int = 256
     degree: int = 2
@@ -44,22 +46,44 @@ class TensorSketch(FeatureMap):
             raise ValueError(f"degree must be 1 to 4, got {self.degree}")
 
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
-        buckets, signs = hashes(self.degree, rows.shape[-1] + 1, self.features, self.seed)
-        buckets, signs = buckets.to(rows.device), signs.to(rows)
+        maps = sketch_maps(self.degree, rows.shape[-1] + 1, self.features, self.seed).to(rows)
         signed = with_constant(rows * self.degree**-0.5)
-        product = torch.ones((), dtype=rows.dtype, device=rows.device)
-        for bucket, sign in zip(buckets, signs, strict=True):
-            sketch = signed.new_zeros(*signed.shape[:-1], self.features)
-            sketch.index_add_(-1, bucket, signed * sign)
-            product = product * torch.fft.rfft(sketch)
-        return torch.fft.irfft(product, n=self.features)
+        parts = [(signed @ m).unflatten(-1, (2, -1)).unbind(-2) for m in maps]
+        real, imaginary = parts[0]
+        for more, more_imaginary in parts[1:]:
+            real, imaginary = (
+                real * more - imaginary * more_imaginary,
+                real * more_imaginary + imaginary * more,
+            )
+        last = (
+            self.features - 1
+        ) // 2  # the zeroth frequency is real, and of an even count the last
+        return torch.cat([real, imaginary[..., 1 : last + 1]], -1)
 
     def count(self, head_dim: int) -> int:
         return self.features
 
     def feature_macs(self, head_dim: int) -> float:
-        transforms = (self.degree + 1) * self.features * ceil(log2(self.features + 1))
-        return float(self.degree * (head_dim + 1 + self.features) + transforms)
+        columns = self.features + 2
+        return float(self.degree * columns * (head_dim + 1) + 2 * (self.degree - 1) * columns)
+
+
+@cache
+def sketch_maps(degree: int, columns: int, features: int, seed: int) -> Tensor:
+    """The count sketches in frequencies, [degree, columns, real and imaginary parts].
+
+    The first holds the weights of the frequencies in an inner product (Parseval).
+    """
+    buckets, signs = hashes(degree, columns, features, seed)
+    sketch = torch.zeros(degree, columns, features, dtype=torch.float64)
+    sketch.scatter_(2, buckets[..., None], signs[..., None])
+    frequencies = torch.fft.rfft(sketch)
+    weight = torch.full((frequencies.shape[-1],), 2.0 / features, dtype=torch.float64)
+    weight[0] /= 2
+    if features % 2 == 0:
+        weight[-1] /= 2
+    frequencies[0] *= weight.sqrt()
+    return torch.cat([frequencies.real, frequencies.imag], -1)
 
 
 @cache
