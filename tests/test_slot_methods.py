@@ -17,6 +17,7 @@ from attnplan.kernels.far.attention_matching import match_mass
 from attnplan.kernels.far.linformer import Linformer, project
 from attnplan.kernels.far.skyformer import newton_schulz
 from attnplan.kernels.kernel_slots import gaussian
+from attnplan.kernels.layer import LayerKernel
 
 
 def text(queries: int = 700, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
@@ -140,6 +141,17 @@ def test_two_levels_read_nothing_of_the_future_nor_of_batch_mates() -> None:
         other, **{name: getattr(other, name)[:, :, 128:] for name in ("query", "key", "value")}
     )
     torch.testing.assert_close(output[1:, :, 128:], run(NESTED, alone), rtol=0, atol=1e-9)
+
+
+def test_engine_and_layer_agree_on_two_levels() -> None:
+    """Heads with other windows share the slots of one compressor; tiles begin within a tile."""
+    inputs = text(1200, dtype=torch.float32)
+    wide = pair("multipole", 200, chunk=64, slots=8, levels=2)
+    kernel = LayerKernel((NESTED, wide, FLAT, NESTED), inputs.fitted)
+    output = kernel(inputs.query, inputs.key, inputs.value, scale=inputs.scale)
+    for head, approximation in enumerate(kernel.assignment):
+        alone = run(approximation, inputs.heads((head,)))
+        torch.testing.assert_close(output[:, head], alone[:, 0], rtol=0, atol=1e-5)
 
 
 def test_two_levels_are_offered_for_long_texts() -> None:
