@@ -43,6 +43,7 @@ from attnplan.kernels.near.leverage import Leverage
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.lsh import LSH
 from attnplan.kernels.near.moba import MoBA
+from attnplan.kernels.near.off import Off
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.random_blocks import RandomBlocks
 from attnplan.kernels.near.routing import Routing
@@ -74,6 +75,7 @@ NEAR: dict[str, type[Selector]] = {
         Routing,
         Loki,
         TwoStage,
+        Off,
     )
 }
 FAR: dict[str, type[Compressor]] = {

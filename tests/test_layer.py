@@ -95,8 +95,9 @@ def assert_as_each_alone(assignment: list[Approximation], inputs: Inputs) -> Non
     tolerance = 2 * torch.finfo(output.dtype).eps + 16 * torch.finfo(torch.float32).eps
     for head, approximation in enumerate(assignment):
         expected = alone(approximation, inputs, head)
-        wrong = (output[:, head].double() - expected).abs().max() / expected.abs().max()
-        assert wrong <= tolerance, f"head {head}, {catalog.key(approximation)}: {wrong}"
+        wrong = (output[:, head].double() - expected).abs().max()
+        allowed = tolerance * expected.abs().max()
+        assert wrong <= allowed, f"head {head}, {catalog.key(approximation)}: {wrong} > {allowed}"
 
 
 CALLS = {
@@ -161,7 +162,7 @@ def test_all_dense_is_scaled_dot_product_attention() -> None:
 
 def test_rows_of_padding_are_zero() -> None:
     inputs = call(batch=2, start=(0, 130))
-    output = run([DENSE, WINDOWS[0], FAR[0], ONE_EACH[-1]], inputs)
+    output = run([DENSE, WINDOWS[0], FAR[0], Approximation(Loki(8, 16, 32))], inputs)
     assert not output[1, :, :130].any()
     assert output[1, :, 130:].abs().amax(-1).min() > 0
     assert output[0].abs().amax(-1).min() > 0
