@@ -43,6 +43,7 @@ class AttentionMatching(ChunkCompressor):
 
     name: ClassVar[str] = "attention_matching"
     predictor: ClassVar[str] = "effective_keys"
+    windows: ClassVar[tuple[int, ...]] = (32, 128, 512)
 
     queries: int = DRAWS
 
