@@ -14,7 +14,7 @@ e^b weighs a key, e^m shifts a row, and only y.x is left to the features. The st
 kept below its largest weight, and running sums below the largest so far. A row whose mass is
 negative, or lost in the rounding of terms that cancel, takes its near field alone.
 
-Sources: Katharopoulos et al., https://arxiv.org/abs/2006.16236, section 3.2 (the running sums);
+Sources: Katharopoulos et al., https://arxiv.org/abs/2006.16236, sections 3.2 and 3.3;
 `balance` for the coordinates. Unlike in linear attention, a chunk of keys before the query is
 near, and mass and values add up with the exact ones of the near field.
 """

@@ -1,17 +1,17 @@
 """Sketched fourth powers: a positive polynomial kernel of high degree with few features.
 
-With a = [1, y/2] and c = [1, x/2], (1 + y.x/4)^4 = (a.c)^4 stands for e^{y.x}. A sketch of degree
-two,
+With a = [1, y/2] and c = [1, x/2], (1 + y.x/4)^4 = (a.c)^4 stands for e^{y.x}. A sketch of
+degree two,
 
     g(a) = (S a) * (T a) / sqrt(sketch)     S, T random signs     E <g(a), g(c)> = (a.c)^2
 
 is multiplied with itself: <g(a), g(c)>^2 has the `sketch`^2 products of two entries of g as
 features, is never negative, and exact where `sketch` holds all products of two columns of a.
 
-Source: Kacham et al., PolySketchFormer, https://arxiv.org/abs/2310.01655, sections 2.2 and 3.
+Source: Kacham et al., PolySketchFormer, https://arxiv.org/abs/2310.01655 (self-tensored sketches).
 Unlike there, the kernel is not trained: a one is added to the vectors so that it follows the
-exponential, nothing is added to the mass, and the sketch is of signs, which keep the ones exact,
-in the `rank` strongest balanced directions.
+exponential, nothing is added to the mass, and the sketch is of signs, which keep the ones exact, in
+the `rank` strongest balanced directions.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ which is positive for all y and x, so the mass is. A query far from the mean und
 score high: these should be near.
 
 Sources: Taylor features of the exponential as in Arora et al., Based,
-https://arxiv.org/abs/2402.18668, section 4.1. Unlike there, queries and keys are not trained for
-it, but centred, balanced and projected, and the mean query weighs the keys.
+https://arxiv.org/abs/2402.18668. Unlike there, queries and keys are not trained for it, but
+centred, balanced and projected, and the mean query weighs the keys.
 """
 
 from __future__ import annotations

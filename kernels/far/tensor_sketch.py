@@ -9,7 +9,7 @@ sketches, which Fourier transforms turn into products:
 Inner products are the same before F^-1 (Parseval), so the frequencies are the features.
 Estimates are signed, so some rows may come out without a positive mass.
 
-Source: Pham and Pagh, Tensor Sketch, https://arxiv.org/abs/2505.08146, section 3. The kernel
+Source: Pham and Pagh, Tensor Sketch, https://arxiv.org/abs/2505.08146. The kernel
 (1 + y.x/p)^p, which follows the exponential of the centred, balanced score, is ours.
 """
 
