@@ -537,11 +537,11 @@ def _calibrated(
         problem = planner.problem(corrections)
         plan_ms, dense_ms = planner.prefill(assignment)
         here = plan_ms * problem.predict(problem.dense).latency_ms / dense_ms
-        off = here / problem.predict(assignment).latency_ms
+        ratio = here / problem.predict(assignment).latency_ms
         corrections = replace(
             corrections, ms=corrections.ms * problem.latency.factor(assignment, here)
         )
-        if abs(off - 1) < CLOSE:
+        if abs(ratio - 1) < CLOSE:
             break
         assignment = solve(planner.problem(corrections), budget).assignment
     return corrections
