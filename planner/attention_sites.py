@@ -101,7 +101,7 @@ def _find_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     architecture = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise ValueError(f"{architecture} is no decoder-only causal language model")
-    calls = _probe(model)
+    calls = attention_calls(model)
     if not calls:
         raise ValueError(
             f"{architecture} does not use AttentionInterface; attnplan needs a model whose "
@@ -112,7 +112,7 @@ def _find_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     seen: set[int] = set()
     for module, (_, heads, _, head_dim), kv_heads, options in calls:
         name = names[id(module)]
-        for option, words in _UNPLANNABLE.items():
+        for option, words in UNPLANNABLE.items():
             if options.get(option) is not None:
                 raise ValueError(
                     f"{architecture} uses {words} in {name}; attnplan cannot plan it yet"
@@ -130,22 +130,34 @@ def _find_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     return tuple(sites)
 
 
-_UNPLANNABLE = {
+UNPLANNABLE = {
     "softcap": "soft-capped attention scores",
     "s_aux": "learned sink logits",
     "position_bias": "a position bias on the attention scores",
 }
 
 
-def _probe(model: PreTrainedModel) -> list[_Call]:
-    """What the attention function is called with, by a forward pass over two tokens."""
+def attention_calls(model: PreTrainedModel) -> list[_Call]:
+    """What the attention function is called with, by a forward pass over two tokens or one image.
+
+    Returns:
+        For each call, the module, the shape of the queries, the number of kv heads, the options.
+    """
     AttentionInterface.register(_PROBE, _take_notes)
     calls: list[_Call] = []
     token = _CALLS.set(calls)
     try:
         with implementation(model, _PROBE), torch.no_grad():
-            device = model.get_input_embeddings().weight.device
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+            model(**_example(model))
     finally:
         _CALLS.reset(token)
     return calls
+
+
+def _example(model: PreTrainedModel) -> dict[str, Any]:
+    if model.main_input_name == "pixel_values":
+        sizes = (1, model.config.num_channels, model.config.image_size, model.config.image_size)
+        return {"pixel_values": torch.zeros(sizes, dtype=model.dtype, device=model.device)}
+    device = model.get_input_embeddings().weight.device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    return {"input_ids": ids} | ({"use_cache": False} if model.can_generate() else {})
