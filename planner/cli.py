@@ -381,10 +381,11 @@ def demo(
         DEMO,
         out,
         max_density=max_density,
-        trials=8,
-        swaps=4,
+        trials=6,
+        swaps=3,
         context=context,
         sequences=2,
+        repeats=2,
         db=db,
     )
     print(f"\nApply it: attnplan.load({DEMO!r}, plan={str(out)!r})")

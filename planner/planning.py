@@ -28,7 +28,7 @@ from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
 from attnplan.profiling import Workload, fitted_tensors, model_record, profile
-from attnplan.scoring import ScoreTable, score
+from attnplan.scoring import ScoreTable, score, scout
 from attnplan.search import baselines
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates as offered
@@ -46,11 +46,11 @@ COPYING = 0.2
 """Weight of the repeated random string among the scores; raised when the induction gate fails."""
 HELD_OUT = 1.15
 """How much more a plan is expected to lose on held-out than on calibration text."""
-MARGIN = 0.75
+MARGIN = 0.85
 """Attention under a plan must be predicted below this share of dense: no plan may be slower."""
 STRIDE = 4
 """The study compares every fourth position; verification compares all."""
-MEASURED_MARGIN = 0.85
+MEASURED_MARGIN = 0.9
 """The same, once the prediction is corrected by a plan that was verified."""
 CALIBRATIONS = 2
 """Prefills of solved plans that the cost model is corrected by, at most."""
@@ -393,6 +393,9 @@ def prepare(
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
     candidates = offered(loaded.identity.prefill_shape(work.context), methods)
+    if not thorough:
+        progress.stage("Scouting candidates", None)
+        candidates = scout(loaded, work, store, files, run, candidates)
     progress.stage("Timing kernels", None)
     costs = measure_device(
         loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
@@ -673,7 +676,7 @@ def _baselines(planner: Planner, problem: Problem) -> list[Choice]:
 
 
 def _best_uniform(planner: Planner, problem: Problem, budget: Budget) -> Assignment | None:
-    """One candidate for all heads: of the three best by prediction, the best by measurement."""
+    """One candidate for all heads: of the two best by prediction, the best by measurement."""
     limits = limits_of(problem, budget)
     objective = {"kl": "kl", "latency": "latency_ms", "memory": "kv_share"}[budget.objective]
     fits = {c: p for c, p in baselines.uniforms(problem).items() if meets(p, limits)}
@@ -681,7 +684,7 @@ def _best_uniform(planner: Planner, problem: Problem, budget: Budget) -> Assignm
     if budget.objective != "kl":
         chosen = ranked[:1]
     else:
-        chosen = ranked[:3]
+        chosen = ranked[:2]
     assignments = [np.full_like(problem.dense, c) for c in chosen]
     steps = range(planner.work.texts)
     return min(

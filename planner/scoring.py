@@ -27,6 +27,10 @@ BLOCKS = 12
 SLACK = 1.5
 """After the first text a candidate is dropped on a head where one that costs no more, in
 multiply-adds and in time, loses less by this factor."""
+SCOUTED = 4
+"""One layer in so many is scouted."""
+RARE = 0.03
+"""A candidate that fewer heads could want is dropped by the scout."""
 NOISE = 1.05
 """Times that differ by less than this factor are the same."""
 
@@ -82,48 +86,93 @@ def score(
     """
     names = [catalog.key(candidate) for candidate in candidates]
     asked = digest([names, BLOCKS, None if head_ms is None else SLACK])
-    shape = loaded.identity.prefill_shape(work.context)
-    density = np.array([candidate.density(shape) for candidate in candidates])
-    layers = loaded.identity.layers
+    job = _Job(loaded, work, store, files, run, candidates, names, asked)
     done = store.scores_done(run.id, asked)
-    missing = {
-        text: [layer for layer in range(layers) if (text, layer) not in done]
-        for text in range(work.texts + 1)
-    }
-    if any(missing.values()):
-        fitted = fitted_tensors(store, run.id)
-        for text, wanted in missing.items():
-            if not wanted:
-                continue
+    for text in range(work.texts + 1):
+        wanted = [n for n in range(loaded.identity.layers) if (text, n) not in done]
+        if wanted:
             advance(f"text {text + 1} of {work.texts + 1}")
-            sizes = (layers, loaded.identity.heads, len(names))
-            known = _matrix(store.load_scores(run.id), names, work, sizes)[0]
+            known = job.known()
             offered = np.isnan(known[text])
             if text and head_ms is not None:
-                offered &= promising(known[0], density, head_ms)
-            if not offered[wanted].any():
-                for layer in wanted:
-                    store.save_scores(run.id, text, layer, asked, [])
-                continue
-            if not files.has(text):
-                files.save(text, captured_text(loaded, work, text))
-            blocks = _blocks(work, text)
-            todo = (layer for layer in files.layers(text) if layer.layer in wanted)
-
-            def rows(
-                layer: LayerCapture,
-                blocks: Tensor = blocks,
-                offered: NDArray[np.bool_] = offered,
-            ) -> _Scored:
-                number = layer.layer
-                observed = _observed(layer, loaded.model.device, fitted[number])
-                some = blocks.to(loaded.model.device)
-                return number, _rows(observed, candidates, names, offered[number], some)
-
-            for layer, found in side_by_side(rows, todo, loaded.model.device):
-                store.save_scores(run.id, text, layer, asked, found)
+                offered &= promising(known[0], job.density, head_ms)
+            job.score(text, wanted, offered)
     files.discard()
     return table(store, run, work, candidates, loaded.identity.layers, loaded.identity.heads)
+
+
+def scout(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    files: CaptureFiles,
+    run: records.ProfileRun,
+    candidates: tuple[Approximation, ...],
+) -> tuple[Approximation, ...]:
+    """The candidates that some heads of a few layers could want, on the first text.
+
+    A candidate is dropped where nearly every head has one of no larger density that loses far less;
+    static ones, which choose nothing online, are held against static ones alone.
+    """
+    names = [catalog.key(candidate) for candidate in candidates]
+    asked = digest([names, BLOCKS, "scout"])
+    job = _Job(loaded, work, store, files, run, candidates, names, asked)
+    first = min(SCOUTED // 2, loaded.identity.layers - 1)
+    layers = list(range(first, loaded.identity.layers, SCOUTED))
+    done = store.scores_done(run.id, asked)
+    wanted = [layer for layer in layers if (0, layer) not in done]
+    if wanted:
+        job.score(0, wanted, np.isnan(job.known()[0]))
+    fisher = job.known()[0][layers]
+    online = np.array([float(not candidate.static) for candidate in candidates])
+    share = promising(fisher, job.density, online).mean((0, 1))
+    return tuple(c for c, wanted in zip(candidates, share >= RARE, strict=True) if wanted)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Candidates to score on the texts of a run, under the digest of what is asked."""
+
+    loaded: LoadedModel
+    work: Workload
+    store: Store
+    files: CaptureFiles
+    run: records.ProfileRun
+    candidates: tuple[Approximation, ...]
+    names: list[str]
+    asked: str
+
+    @property
+    def density(self) -> NDArray[np.float64]:
+        shape = self.loaded.identity.prefill_shape(self.work.context)
+        return np.array([candidate.density(shape) for candidate in self.candidates])
+
+    def known(self) -> NDArray[np.float64]:
+        """Stored Fisher costs [texts + 1, layers, heads, candidates], NaN where there is none."""
+        sizes = (self.loaded.identity.layers, self.loaded.identity.heads, len(self.names))
+        return _matrix(self.store.load_scores(self.run.id), self.names, self.work, sizes)[0]
+
+    def score(self, text: int, wanted: list[int], offered: NDArray[np.bool_]) -> None:
+        """Score what is offered, [layers, heads, candidates], on the layers `wanted` of a text."""
+        store, run, device = self.store, self.run.id, self.loaded.model.device
+        if not offered[wanted].any():
+            for layer in wanted:
+                store.save_scores(run, text, layer, self.asked, [])
+            return
+        if not self.files.has(text):
+            self.files.save(text, captured_text(self.loaded, self.work, text))
+        fitted = fitted_tensors(store, run)
+        blocks = _blocks(self.work, text).to(device)
+        todo = (layer for layer in self.files.layers(text) if layer.layer in wanted)
+
+        def rows(layer: LayerCapture) -> _Scored:
+            number = layer.layer
+            observed = _observed(layer, device, fitted[number])
+            found = _rows(observed, self.candidates, self.names, offered[number], blocks)
+            return number, found
+
+        for layer, found in side_by_side(rows, todo, device):
+            store.save_scores(run, text, layer, self.asked, found)
 
 
 def table(
@@ -162,7 +211,7 @@ def promising(
 
     Args:
         fisher: [..., candidates].
-        density, head_ms: what they cost, [candidates].
+        density, head_ms: what they cost, [candidates]. Any other cost may stand for time.
     """
     kept = np.zeros(fisher.shape, bool)
     for c in range(len(density)):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tests import tiny_model
 
+from attnplan import scoring
 from attnplan.evaluate import Quality, Reference
 from attnplan.explain import timing_rows
 from attnplan.kernels import catalog
@@ -34,7 +35,7 @@ from attnplan.profiling import (
     run_key,
 )
 from attnplan.report import HEADERS, comparison, figures, lines, to_plan
-from attnplan.scoring import promising, score
+from attnplan.scoring import promising, score, scout
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates, parse_methods
 from attnplan.search.corrections import Corrections as SearchCorrections
@@ -167,11 +168,14 @@ def test_the_store_reads_a_search_back(job: Job, outcome: Outcome | str) -> None
         runs = store.runs()
         assert [run.complete for run in runs] == [True]
         assert len(store.head_profiles(runs[0].id, arrays=False)) == 8
-        names = [catalog.key(a) for a in candidates(job.shape)]
-        files = capture_files(run_key(job.loaded, job.work), Path("/nowhere"))
+        files = capture_files(run_key(job.loaded, job.work), job.folder / "nowhere")
         # everything is there: nothing is captured, as there is nowhere to keep it
-        table = score(job.loaded, job.work, store, files, runs[0], candidates(job.shape))
-        costs = measure_device(job.loaded, job.work, store, runs[0], candidates(job.shape))
+        offered = scout(job.loaded, job.work, store, files, runs[0], candidates(job.shape))
+        costs = measure_device(job.loaded, job.work, store, runs[0], offered)
+        ms = costs.fit.model.head_ms
+        table = score(job.loaded, job.work, store, files, runs[0], offered, head_ms=ms)
+    assert not (job.folder / "nowhere").exists()
+    names = [catalog.key(a) for a in offered]
     assert table.texts.shape == table.copying.shape == (2, 4, len(names))
     assert (table.texts >= 0).all() and np.isfinite(table.texts).all()
     assert not table.texts[:, :, 0].any() and table.candidates[0].is_dense
@@ -236,12 +240,45 @@ def test_a_candidate_is_hopeless_beside_a_cheaper_and_better_one() -> None:
     assert promising(np.array([0.0, 1, 9, 0.1]), density, ms).tolist() == [1, 1, 0, 1]
 
 
-def test_stored_scores_predict_the_measured_kl(job: Job, outcome: Outcome | str) -> None:
+def test_a_scout_drops_what_no_head_could_want(
+    job: Job, outcome: Outcome | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = capture_files(run_key(job.loaded, job.work), tmp_path)
+    offered = candidates(job.shape)
+    names = [catalog.key(a) for a in offered]
+    with Store(job.url) as store:
+        run = store.runs()[0]
+        some = scout(job.loaded, job.work, store, files, run, offered)
+        assert some[0].is_dense and set(some) <= set(offered)
+        stored = store.load_scores(run.id)
+        monkeypatch.setattr(scoring, "RARE", 1.0)
+        strict = scout(job.loaded, job.work, store, files, run, offered)
+    fisher = np.zeros((4, len(offered)))
+    for text, layer, head, c, value in zip(
+        *(stored.sequence, stored.layer, stored.head, stored.approximation, stored.fisher),
+        strict=True,
+    ):
+        if text == 0 and layer == 1 and stored.names[c] in names:
+            fisher[head, names.index(stored.names[c])] = value
+    for c, candidate in enumerate(offered):
+        beaten = any(
+            rival.density(job.shape) <= candidate.density(job.shape)
+            and (rival.static or not candidate.static)
+            and (fisher[:, c] > 1.5 * fisher[:, r]).any()
+            for r, rival in enumerate(offered)
+        )
+        assert (candidate in strict) == (not beaten), names[c]
+
+
+def test_stored_scores_predict_the_measured_kl(
+    job: Job, outcome: Outcome | str, tmp_path: Path
+) -> None:
     """To second order: on a random model within a factor of three for one layer's windows."""
     with Store(job.url) as store:
         run = store.runs()[0]
-        files = capture_files(run_key(job.loaded, job.work), Path("/nowhere"))
-        table = score(job.loaded, job.work, store, files, run, candidates(job.shape))
+        files = capture_files(run_key(job.loaded, job.work), tmp_path)
+        some = (DENSE, Approximation(Window(64)))
+        table = score(job.loaded, job.work, store, files, run, some)
         fitted = fitted_tensors(store, run.id)
     column = table.candidates.index(Approximation(Window(64)))
     layers = [[table.candidates[column]] * 4, [DENSE] * 4]
@@ -260,7 +297,7 @@ def test_a_profile_older_than_a_method_is_fitted_again_without_the_model(
         before = store.load_fitted(run.id)
     with sqlite3.connect(job.folder / "store.db") as connection:
         connection.execute("delete from fitted where name like 'balanced.%'")
-    nowhere = capture_files(run_key(job.loaded, job.work), Path("/nowhere"))
+    nowhere = capture_files(run_key(job.loaded, job.work), job.folder / "nowhere")
     with Store(job.url) as store:
         assert not any(n.startswith("balanced.") for n in store.load_fitted(run.id)[0])
         assert profile(job.loaded, job.work, store, nowhere) == run
