@@ -111,6 +111,12 @@ def interleaved(
     return Timing(middle, low, high, dense_ms, repeats)
 
 
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median time of `run`, after one call that warms up."""
+    run()
+    return statistics.median(_timed(run) for _ in range(repeats))
+
+
 def quantile(ordered: Sequence[float], share: float) -> float:
     """Linear interpolation in a sorted sequence."""
     place = share * (len(ordered) - 1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplan.kernels.benchmark import Timing, interleaved
+from attnplan.kernels.benchmark import Timing, interleaved, median_ms
 from attnplan.profiles.capture import logits_of
 from attnplan.search.evaluation import finite_kl
 
@@ -188,6 +188,12 @@ def prefill_latency(model: Any, applied: Applied, tokens: Tensor, *, repeats: in
         repeats,
         context=applied,
     )
+
+
+def dense_prefill_ms(model: Any, tokens: Tensor, repeats: int) -> float:
+    """Median time of the original model's whole prefill, after one that warms up."""
+    ids = tokens[None].to(model.get_input_embeddings().weight.device)
+    return median_ms(lambda: _prefill(model, ids), repeats)
 
 
 @torch.no_grad()

@@ -20,8 +20,6 @@ INDUCTION_LOSS = 0.03
 """A plan may copy at most this much less of a repeated random string than the original."""
 FASTER = 1.03
 """A plan must beat dense by this factor at a length to be used there."""
-CLOSE = 0.05
-"""A speed-up this close to `FASTER` is measured again, more often."""
 LENGTHS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536)
 
 Layers = Sequence[Sequence[Approximation]]
@@ -98,6 +96,7 @@ def measure(
     reference: Reference,
     shape: AttentionShape,
     *,
+    prefill: tuple[float, float],
     induction: float,
     induction_dense: float,
     repeats: int = 3,
@@ -112,8 +111,9 @@ def measure(
         fitted: layer to fitted data.
         reference: the original model on held-out texts.
         shape: of one layer's attention at the context.
+        prefill: times at the context of the assignment and of the original, in ms.
         induction, induction_dense: what the assignment and the original copy.
-        repeats: pairs of timed prefills.
+        repeats: pairs of timed prefills at shorter lengths.
         lengths: also find the crossover on shorter texts.
         advance: called with what comes next.
     """
@@ -124,10 +124,9 @@ def measure(
 
     advance("held-out text")
     quality = reference.quality(applied)
-    advance(f"prefill of {context}")
+    latency_ms, dense_ms = prefill
+    speedups = {context: dense_ms / latency_ms}
     text = reference.sequences[0]
-    timing = prefill_latency(model, applied, text, repeats=repeats)
-    speedups = {context: timing.dense_ms / timing.median_ms}
     if lengths:
         speedups |= shorter_speedups(model, applied, text, speedups[context], repeats, advance)
     return Measured(
@@ -135,8 +134,8 @@ def measure(
         quality=quality,
         induction=induction,
         induction_dense=induction_dense,
-        latency_ms=timing.median_ms,
-        dense_ms=timing.dense_ms,
+        latency_ms=latency_ms,
+        dense_ms=dense_ms,
         crossover=crossover(speedups),
         speedups=dict(sorted(speedups.items())),
     )
@@ -156,9 +155,7 @@ def shorter_speedups(
         return found
     for length in sorted((n for n in LENGTHS if n < len(text)), reverse=True):
         advance(f"prefill of {length}")
-        timing = prefill_latency(model, applied, text[:length], repeats=repeats)
-        if abs(timing.dense_ms / timing.median_ms / FASTER - 1) < CLOSE:
-            timing = prefill_latency(model, applied, text[:length], repeats=2 * repeats + 1)
+        timing = prefill_latency(model, applied, text[:length], repeats=repeats + 1)
         found[length] = timing.dense_ms / timing.median_ms
         if found[length] < FASTER:
             break
@@ -173,6 +170,13 @@ def crossover(speedups: dict[int, float]) -> int | None:
             break
         shortest = length
     return shortest
+
+
+def fast(plan_ms: float, dense_ms: float, budget: Budget) -> bool:
+    """Whether a prefill is clearly faster than dense, and within the budget."""
+    limit = budget.max_latency
+    within = limit is None or plan_ms <= limit.of(dense_ms)
+    return within and plan_ms * FASTER <= dense_ms
 
 
 def copies(induction: float, induction_dense: float) -> bool:

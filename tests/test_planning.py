@@ -44,7 +44,7 @@ from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
 from attnplan.search.solve import limits_of
 from attnplan.timing import measure_device, parse, spell
-from attnplan.verify import Measured, crossover, density, misses, running
+from attnplan.verify import Measured, crossover, density, fast, misses, running
 
 CONTEXT = 256
 DENSE, NARROW = catalog.DENSE, Approximation(Window(32))
@@ -386,6 +386,12 @@ def test_a_plan_is_held_against_what_was_measured(
     missed = misses(found, budget)
     assert len(missed) == (message is not None)
     assert message is None or message in missed[0]
+
+
+def test_a_prefill_is_fast_where_it_beats_dense_and_the_budget() -> None:
+    anything, half = Budget(max_density=0.5), Budget(max_latency=Limit(0.5, "x"))
+    assert fast(90, 100, anything) and not fast(98, 100, anything) and not fast(110, 100, anything)
+    assert fast(50, 100, half) and not fast(60, 100, half)
 
 
 def test_a_model_that_overflows_is_broken_not_undefined(job: Job) -> None:
