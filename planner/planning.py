@@ -400,12 +400,13 @@ def prepare(
 ) -> tuple[records.ProfileRun, ScoreTable, DeviceCosts]:
     """What every candidate loses on every head and costs here; only what is missing is measured.
 
-    `thorough` scores on all texts even what the first one shows to be hopeless.
+    Unless methods are named or `thorough` is set, what no head could want is dropped after a look
+    at a few layers; `thorough` also scores on all texts what the first one shows to be hopeless.
     """
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
     candidates = offered(loaded.identity.prefill_shape(work.context), methods)
-    if not thorough:
+    if not thorough and methods is None:
         progress.stage("Scouting candidates", None)
         candidates = scout(loaded, work, store, files, run, candidates)
     progress.stage("Timing kernels", None)

@@ -27,7 +27,7 @@ from transformers import (
 
 import attnplan
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.approximation import Approximation, AttentionShape, Moments
 from attnplan.kernels.near.window import Window
 from attnplan.models import identity
 from attnplan.patch import (
@@ -226,6 +226,30 @@ def test_every_head_runs_its_own_approximation(model: PreTrainedModel) -> None:
     mixed = logits(model, ids)
     unpatch(model)
     assert close(mixed, logits(model, ids))
+
+
+ONE_EACH = {a.name: a for a in catalog.choices(AttentionShape(1, 4, 2, 1024, 1024, 16))}
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_method_runs_in_a_model(name: str) -> None:
+    model = build(LlamaConfig(**{**SIZES, "max_position_embeddings": 1024}))
+    ids, mask = padded(700, 64)
+    ids, mask = ids[1:], mask[1:]
+    original = logits(model, ids, attention_mask=mask)
+    gram = torch.eye(16).expand(4, 16, 16)
+    noise = Moments(torch.zeros(4, 16), gram, torch.zeros(2, 16), gram[:2])
+    fitted = dict.fromkeys(range(2), catalog.fit(noise))
+    patch_assignment(model, [[ONE_EACH[name]] * 4] * 2, fitted)
+    planned = logits(model, ids, attention_mask=mask)
+    assert planned.isfinite().all()
+    if ONE_EACH[name].is_dense:
+        assert torch.equal(planned, original)
+        return
+    assert ran(model, PLANNED) == [1, 1]
+    assert not torch.equal(planned[:, 64:], original[:, 64:])
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    assert tokens.shape[1] == 702
 
 
 def test_continuing_a_cache_is_dense(model: PreTrainedModel) -> None:
