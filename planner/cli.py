@@ -274,7 +274,10 @@ def compare(
         entries = league(loaded, work, store, files, density, repeats=repeats, progress=progress)
     if out is not None:
         title = f"{model}: all methods at {context} tokens, density at most {density:g}"
-        command = f"attnplan compare {model} --context {context} --density {density:g} --out {out}"
+        command = (
+            f"attnplan compare {model} --context {context} --density {density:g} "
+            f"--sequences {sequences} --repeats {repeats} --out {out}"
+        )
         league_page.write(out, entries, title, command)
     if json_:
         _print_json({"density": density, "entries": [asdict(entry) for entry in entries]})
