@@ -94,6 +94,12 @@ def coordinates(inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
     return query.to(wide) @ fitted("query_map"), key @ fitted("key_map")
 
 
+def root(gram: Tensor) -> Tensor:
+    """Symmetric square root of Grams [n, d, d], what rounding made negative taken for zero."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT
+
+
 def _powers(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Square root and inverse square root of Grams [n, d, d], with a floor under eigenvalues."""
     values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)

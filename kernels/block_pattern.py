@@ -18,6 +18,7 @@ from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
+from attnplan.kernels.token_selection import best
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,4 @@ class ScoredBlocks(Selector):
 
     def _chosen(self, inputs: Inputs, blocks: Tensor, grid: BlockGrid) -> Tensor:
         """Bool [batch, heads, len(blocks), key blocks]."""
-        candidates = grid.candidates(self.local)
-        scores = self.scores(inputs, blocks).masked_fill(~candidates, float("-inf"))
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : self.top]
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-        return chosen & candidates
+        return best(self.scores(inputs, blocks), grid.candidates(self.local), self.top)

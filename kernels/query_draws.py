@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Moments
+from attnplan.kernels.balance import root
 
 SEED = 0
 
@@ -17,9 +18,7 @@ def draw(moments: Moments, count: int) -> Tensor:
     """
     mean = moments.query_mean.double()
     covariance = moments.query_gram.double() - mean[:, :, None] * mean[:, None, :]
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(count, mean.shape[1], generator=generator, dtype=torch.float64)
     noise = noise - noise.mean(0)
-    return mean[:, None] + noise @ root
+    return mean[:, None] + noise @ root(covariance)

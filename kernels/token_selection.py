@@ -151,6 +151,21 @@ def pack_tokens(tokens: Tensor, keys: int) -> TileList:
     return TileList(batch, heads, blocks, offsets, tiles, gather, masks)
 
 
+def best(scores: Tensor, candidate: Tensor, top: int) -> Tensor:
+    """The `top` best candidates of every row as a mask, fewer where there are fewer.
+
+    Of equal scores the first is taken.
+
+    Args:
+        scores: [..., n].
+        candidate: bool, broadcastable to `scores`.
+        top: how many.
+    """
+    scores = scores.masked_fill(~candidate, float("-inf"))
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :top]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True) & candidate
+
+
 def distinct(tokens: Tensor) -> Tensor:
     """Keys [..., top] in ascending order, -1 in the place of all but the first of equal ones."""
     tokens = tokens.sort(-1).values

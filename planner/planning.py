@@ -183,7 +183,7 @@ class Corrections:
             excess = max(excess, loss / math.log(budget.max_ppl_ratio))
         if excess > 1:
             learnt = replace(learnt, kl=learnt.kl * excess * 1.1)
-        if not fast(measured.latency_ms, measured.dense_ms, budget) or measured.crossover is None:
+        if not fast(measured.latency_ms, measured.dense_ms, budget):
             learnt = learnt.late(measured.latency_ms, measured.dense_ms, assignment, problem)
         return learnt
 

@@ -84,10 +84,9 @@ def score(
         head_ms: time per head of every candidate: what the first text shows to be hopeless on a
             head is not scored on the others. Without it, everything is scored on all texts.
     """
-    names = [catalog.key(candidate) for candidate in candidates]
-    asked = digest([names, BLOCKS, None if head_ms is None else SLACK])
-    job = _Job(loaded, work, store, files, run, candidates, names, asked)
-    done = store.scores_done(run.id, asked)
+    how = "thorough" if head_ms is None else f"slack {SLACK}"
+    job = _Job(loaded, work, store, files, run, candidates, how)
+    done = store.scores_done(run.id, job.asked)
     for text in range(work.texts + 1):
         wanted = [n for n in range(loaded.identity.layers) if (text, n) not in done]
         if wanted:
@@ -114,12 +113,10 @@ def scout(
     A candidate is dropped where nearly every head has one of no larger density that loses far less;
     static ones, which choose nothing online, are held against static ones alone.
     """
-    names = [catalog.key(candidate) for candidate in candidates]
-    asked = digest([names, BLOCKS, "scout"])
-    job = _Job(loaded, work, store, files, run, candidates, names, asked)
+    job = _Job(loaded, work, store, files, run, candidates, "scout")
     first = min(SCOUTED // 2, loaded.identity.layers - 1)
     layers = list(range(first, loaded.identity.layers, SCOUTED))
-    done = store.scores_done(run.id, asked)
+    done = store.scores_done(run.id, job.asked)
     wanted = [layer for layer in layers if (0, layer) not in done]
     if wanted:
         job.score(0, wanted, np.isnan(job.known()[0]))
@@ -131,7 +128,7 @@ def scout(
 
 @dataclass(frozen=True)
 class _Job:
-    """Candidates to score on the texts of a run, under the digest of what is asked."""
+    """Candidates to score on the texts of a run, and how; shards are known by both."""
 
     loaded: LoadedModel
     work: Workload
@@ -139,8 +136,15 @@ class _Job:
     files: CaptureFiles
     run: records.ProfileRun
     candidates: tuple[Approximation, ...]
-    names: list[str]
-    asked: str
+    how: str
+
+    @property
+    def names(self) -> list[str]:
+        return [catalog.key(candidate) for candidate in self.candidates]
+
+    @property
+    def asked(self) -> str:
+        return digest([self.names, BLOCKS, self.how])
 
     @property
     def density(self) -> NDArray[np.float64]:

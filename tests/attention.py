@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, Inputs, Moments
 from attnplan.kernels.engines import reference
 from attnplan.kernels.pattern import causal
@@ -53,3 +54,26 @@ def dense(inputs: Inputs) -> torch.Tensor:
     return reference.masked(
         inputs.query, inputs.key[:, heads], inputs.value[:, heads], causal(inputs), inputs.scale
     )[0]
+
+
+def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Four heads over two kv heads, keys with a common part, and what the catalog fits to them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, queries, 16, generator=generator, dtype=torch.float64)
+
+    query, key, value = randn(4) * 1.2 + 0.4, randn(2) + 0.6, randn(2)
+    fitted = catalog.fit(moments(query, key))
+    tensors = (t.to(dtype) for t in (query, key, value))
+    return Inputs.of_layer(*tensors, scale=0.25, fitted=fitted)
+
+
+def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
+    near = {"name": "window", "window": window}
+    return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
+
+
+def error(approximation: Approximation, inputs: Inputs) -> float:
+    exact = dense(inputs)
+    return float((run(approximation, inputs) - exact).norm() / exact.norm())

@@ -7,11 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tests.attention import all_blocks, dense, moments, run
-from torch import Tensor
+from tests.attention import all_blocks, error, moments, pair, run, text
 
 from attnplan.kernels import balance, catalog
-from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.far.wildcat import _pivots
 from attnplan.kernels.kernel_slots import gaussian
@@ -20,29 +18,6 @@ from attnplan.kernels.pattern import causal
 from attnplan.kernels.slot_chunks import ChunkCompressor
 
 FAR = [name for name, cls in catalog.FAR.items() if issubclass(cls, ChunkCompressor)]
-
-
-def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Four heads over two kv heads, keys with a common part, and what the catalog fits to them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(heads: int) -> Tensor:
-        return torch.randn(1, heads, queries, 16, generator=generator, dtype=torch.float64)
-
-    query, key, value = randn(4) * 1.2 + 0.4, randn(2) + 0.6, randn(2)
-    fitted = catalog.fit(moments(query, key))
-    tensors = (t.to(dtype) for t in (query, key, value))
-    return Inputs.of_layer(*tensors, scale=0.25, fitted=fitted)
-
-
-def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
-    near = {"name": "window", "window": window}
-    return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
-
-
-def error(approximation: Approximation, inputs: Inputs) -> float:
-    exact = dense(inputs)
-    return float((run(approximation, inputs) - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(

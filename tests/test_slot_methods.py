@@ -8,43 +8,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import nnls
-from tests.attention import all_blocks, dense, moments, run
+from tests.attention import all_blocks, error, moments, pair, run, text
 from torch import Tensor
 
 from attnplan.kernels import catalog, query_draws
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.far.attention_matching import match_mass
 from attnplan.kernels.far.linformer import Linformer, project
 from attnplan.kernels.far.skyformer import newton_schulz
 from attnplan.kernels.kernel_slots import gaussian
 from attnplan.kernels.layer import LayerKernel
 
-
-def text(queries: int = 700, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Four heads over two kv heads, keys with a common part, and what the catalog fits to them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(heads: int) -> Tensor:
-        return torch.randn(1, heads, queries, 16, generator=generator, dtype=torch.float64)
-
-    query, key, value = randn(4) * 1.2 + 0.4, randn(2) + 0.6, randn(2)
-    fitted = catalog.fit(moments(query, key))
-    tensors = (t.to(dtype) for t in (query, key, value))
-    return Inputs.of_layer(*tensors, scale=0.25, fitted=fitted)
-
-
-def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
-    near = {"name": "window", "window": window}
-    return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
-
-
 NESTED = pair("multipole", chunk=64, slots=8, levels=2)
 FLAT = pair("multipole", chunk=64, slots=8)
-
-
-def error(approximation: Approximation, inputs: Inputs) -> float:
-    exact = dense(inputs)
-    return float((run(approximation, inputs) - exact).norm() / exact.norm())
 
 
 def test_drawn_queries_have_the_moments_of_the_head() -> None:
@@ -71,7 +47,7 @@ def test_masses_are_matched_as_well_as_by_an_active_set_solver(spread: float) ->
 
 
 def test_two_levels_are_exact_for_few_distinct_keys() -> None:
-    inputs = text()
+    inputs = text(700)
     key = inputs.key.clone()
     key[:, :, 4:] = inputs.key[:, :, torch.arange(696) % 3]
     assert error(NESTED, dataclasses.replace(inputs, key=key)) < 1e-6
@@ -86,7 +62,7 @@ def test_two_levels_read_fewer_slots_and_lose_a_little_more() -> None:
 
 
 def test_the_second_level_keeps_the_masses_of_a_group() -> None:
-    inputs = text()
+    inputs = text(700)
     _, slots = NESTED.tiles(inputs, all_blocks(inputs))
     _, fine = FLAT.tiles(inputs, all_blocks(inputs))
     assert slots is not None and fine is not None
@@ -201,7 +177,7 @@ def test_newton_schulz_stays_finite_on_an_ill_conditioned_kernel(dtype: torch.dt
 
 
 def test_all_keys_as_landmarks_are_exact_where_they_lie_apart() -> None:
-    inputs = text()
+    inputs = text(700)
     inputs = dataclasses.replace(inputs, scale=4.0)
     exact = pair("skyformer", chunk=64, slots=64, drawn=0, ridge=12)
     assert error(exact, inputs) < 1e-6
@@ -237,7 +213,7 @@ def by_position(key: Tensor) -> Tensor:
 
 def test_linformer_without_positions_is_the_mean_of_segments() -> None:
     """Exact where the keys of a segment of 8 are the same."""
-    inputs = text()
+    inputs = text(700)
     segment = torch.arange(700) // 8 * 8
     fitted = catalog.FAR["linformer"].fit(moments(inputs.query, inputs.key))
     # the first chunk starts with sinks: they stay near, and the rest of their segment is whole
@@ -247,7 +223,7 @@ def test_linformer_without_positions_is_the_mean_of_segments() -> None:
 
 
 def test_more_projections_lose_less_of_drifting_keys() -> None:
-    inputs = drifting(text())
+    inputs = drifting(text(700))
     found = moments(inputs.query, inputs.key)
     found = dataclasses.replace(found, key_position_gram=by_position(inputs.key))
     inputs = dataclasses.replace(inputs, fitted=catalog.FAR["linformer"].fit(found))

@@ -18,10 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels.balance import root
 from attnplan.kernels.slot_chunks import (
     ChunkCompressor,
     Chunks,
@@ -61,9 +61,7 @@ class CentroidT(ChunkCompressor):
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        values, vectors = torch.linalg.eigh(moments.query_gram.double())
-        root = vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT
         return {
             "centroid_t.query_mean": moments.query_mean.float(),
-            "centroid_t.metric": root.float(),
+            "centroid_t.metric": root(moments.query_gram.double()).float(),
         }

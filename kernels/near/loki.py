@@ -27,7 +27,7 @@ from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.pattern import relative_positions, window_pairs
 from attnplan.kernels.tile_list import TileList
-from attnplan.kernels.token_selection import pack_tokens, top_tokens
+from attnplan.kernels.token_selection import best, pack_tokens, top_tokens
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,8 @@ class Loki(Selector):
         key = (inputs.key.to(wide) @ key_map.to(wide))[:, list(inputs.kv_head)]
         i, j = relative_positions(inputs)
         candidate = (j >= self.sinks) & (j <= i - self.window)
-        scores = (query @ key.mT).masked_fill(~candidate, float("-inf"))
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : self.top]
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-        return (chosen & candidate) | Window(self.window, self.sinks).keep(inputs)
+        chosen = best(query @ key.mT, candidate, self.top)
+        return chosen | Window(self.window, self.sinks).keep(inputs)
 
     def cost(self, shape: AttentionShape) -> Cost:
         i = torch.arange(shape.keys - shape.queries, shape.keys)

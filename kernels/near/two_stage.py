@@ -31,7 +31,7 @@ from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.pattern import relative_positions, window_pairs
 from attnplan.kernels.tile_list import TileList
-from attnplan.kernels.token_selection import pack_tokens
+from attnplan.kernels.token_selection import best, pack_tokens
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class TwoStage(Selector):
             high = query.clamp(min=0) @ rows.amax(1)[..., None]
             bound[..., block] = (high + query.clamp(max=0) @ rows.amin(1)[..., None])[..., 0]
         holds = torch.nn.functional.pad(candidate, (0, -keys % SIEVE)).unflatten(-1, (-1, SIEVE))
-        sieve = _best(bound, holds.any(-1).expand(bound.shape), self.blocks)
+        sieve = best(bound, holds.any(-1), self.blocks)
         within = sieve.repeat_interleave(SIEVE, -1)[..., :keys] & candidate
-        return _best(query @ key.mT, within, self.top)
+        return best(query @ key.mT, within, self.top)
 
     def cost(self, shape: AttentionShape) -> Cost:
         i = torch.arange(shape.keys - shape.queries, shape.keys)
@@ -134,10 +134,3 @@ class TwoStage(Selector):
     @property
     def _loki(self) -> Loki:
         return Loki(self.rank, self.top, self.window, self.sinks)
-
-
-def _best(scores: Tensor, candidate: Tensor, top: int) -> Tensor:
-    """The `top` best candidates of every row, as a mask; of equal ones the first."""
-    scores = scores.masked_fill(~candidate, float("-inf"))
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :top]
-    return torch.zeros_like(candidate).scatter_(-1, order, True) & candidate
