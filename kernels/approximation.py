@@ -12,8 +12,9 @@ also sum over those keys itself, by a kernel other than the exponential: then it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -108,6 +109,9 @@ Fitted = Mapping[str, Tensor]
 """Data that methods were fitted with, for one layer: 'method.tensor' to a tensor whose first
 dimension is heads or kv_heads of the whole layer."""
 
+Kept = Callable[[Tensor], Tensor]
+"""Of so many chunks before a floor, how many stay near."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -188,6 +192,11 @@ class Inputs:
             )
         return self.fitted[name].to(self.query.device)
 
+    @property
+    def on_blocks(self) -> Inputs:
+        """The same call with `start` rounded down to where a key block begins."""
+        return replace(self, start=tuple(s // BLOCK * BLOCK for s in self.start))
+
     def heads(self, index: tuple[int, ...]) -> Inputs:
         """The same call for the heads at `index` of `query`."""
         if index == tuple(range(len(self.head))):
@@ -252,6 +261,9 @@ class Selector(ABC):
     """The tile list depends on shapes alone: it is built once and costs nothing online."""
     far_compatible: ClassVar[bool] = False
     """`floor` is honoured: a compressor may stand in for the keys before it."""
+    keeps_chunks: ClassVar[bool] = False
+    """Before a floor it keeps whole chunks, those that it chooses (`beside`): a compressor that is
+    `separable` may stand in for the others. Chunks are then runs of whole key blocks."""
     cost_is_bound: ClassVar[bool] = False
     """How many pairs are computed depends on the content: `cost` says how many at most."""
     selects_together: ClassVar[bool] = False
@@ -274,6 +286,31 @@ class Selector(ABC):
             floor: int64 [batch, n] or None. Keys from `floor` up to the query must all be kept,
                 because the far field ends there.
         """
+
+    def beside(
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, chunk: int
+    ) -> tuple[TileList, Tensor | None]:
+        """`near` beside a far field, and the chunks before `floor` that stay near.
+
+        Args:
+            inputs: the call.
+            blocks: which blocks of 64 query rows to answer for.
+            floor: int64 [batch, n], where the far field ends.
+            chunk: keys per chunk of the far field.
+
+        Returns:
+            The tiles, and bool [batch, heads, n, chunks], None for no chunk.
+        """
+        return self.near(inputs, blocks, floor), None
+
+    def kept_chunks(self, chunks: Tensor, chunk: int) -> Tensor:
+        """Of `chunks` chunks of `chunk` keys before a floor, how many `beside` keeps."""
+        return torch.zeros_like(chunks)
+
+    @property
+    def recent(self) -> int:
+        """Keys up to a query block's first query that stay near in any case."""
+        return getattr(self, "window", 0)
 
     @classmethod
     def select(cls, selectors: Sequence[Self], inputs: Inputs, blocks: Tensor) -> TileList:
@@ -298,6 +335,10 @@ class Selector(ABC):
     def cost(self, shape: AttentionShape) -> Cost:
         """Multiply-adds of one head of one sequence without a far field."""
 
+    def cost_beside(self, shape: AttentionShape) -> Cost:
+        """`cost` beside a far field, of the chunks that stay near the selection alone."""
+        return self.cost(shape)
+
     def tried_with_far(self, shape: AttentionShape) -> bool:
         """Whether this setting is worth trying with a far field too."""
         return self.far_compatible
@@ -316,11 +357,24 @@ class Compressor(ABC):
     windows: ClassVar[tuple[int, ...]] = (128,)
     """Recent keys of the selectors that it is worth trying with."""
     predictor: ClassVar[str]
+    chunk: int
+    """Far fields end where a chunk of so many keys ends."""
+
+    @property
+    def separable(self) -> bool:
+        """All is in `far`, and each chunk has slots of its own: a query block may leave any out."""
+        return False
 
     @classmethod
     @abstractmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
         """The settings worth trying at this shape."""
+
+    @classmethod
+    def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
+        """The settings worth trying with a selector."""
+        if near.far_compatible and near.recent in cls.windows:
+            yield from cls.choices(shape)
 
     @abstractmethod
     def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
@@ -332,7 +386,7 @@ class Compressor(ABC):
         """
 
     def far(
-        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
     ) -> tuple[Slots | None, TileList]:
         """Slots for the keys in [start + sinks, floor), and the slot tiles of each query block.
 
@@ -342,6 +396,7 @@ class Compressor(ABC):
             inputs: the call.
             floor: int64 [batch, heads, blocks].
             sinks: for each head, first keys that stay near.
+            kept: bool [batch, heads, blocks, chunks], chunks that stay near, if `separable`.
         """
         batch, heads, blocks = floor.shape
         return None, tile_list.empty(batch, heads, blocks, floor.device)
@@ -363,13 +418,33 @@ class Compressor(ABC):
         return None
 
     @abstractmethod
-    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
-        """Multiply-adds of the far field of one head, of the near keys it adds included."""
+    def cost(
+        self, shape: AttentionShape, window: int, sinks: int, kept: Kept | None = None
+    ) -> Cost:
+        """Multiply-adds of the far field of one head.
+
+        The near keys between the far field and the window are included, and chunks that stay near.
+        """
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
         """Calibrated data of one layer, 'name.tensor' to tensor."""
         return {}
+
+
+@dataclass(frozen=True)
+class NearField:
+    """The near field of some query blocks that have a far field too.
+
+    Attributes:
+        tiles: what is read.
+        floor: int64 [batch, heads, blocks], where the far field ends.
+        kept: bool [batch, heads, blocks, chunks], chunks before it that are near; None for none.
+    """
+
+    tiles: TileList
+    floor: Tensor
+    kept: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -380,8 +455,20 @@ class Approximation:
     far: Compressor | None = None
 
     def __post_init__(self) -> None:
-        if self.far is not None and not self.near.far_compatible:
+        if self.far is None or self.near.far_compatible:
+            return
+        if not self.near.keeps_chunks:
             raise ValueError(f"{self.near.name} cannot be paired with a far field")
+        if not self.far.separable:
+            raise ValueError(
+                f"{self.near.name} cannot be paired with {self.far.name}, whose chunks cannot be "
+                "left out one by one"
+            )
+        if self.far.chunk % BLOCK:
+            raise ValueError(
+                f"chunk must be a multiple of {BLOCK} keys behind {self.near.name}, got "
+                f"{self.far.chunk}"
+            )
 
     @property
     def name(self) -> str:
@@ -401,10 +488,10 @@ class Approximation:
 
     def cost(self, shape: AttentionShape) -> Cost:
         """Multiply-adds of one head of one sequence."""
-        cost = self.near.cost(shape)
-        if self.far is not None:
-            cost = cost + self.far.cost(shape, *self.reach)
-        return cost
+        if self.far is None:
+            return self.near.cost(shape)
+        kept = partial(self.near.kept_chunks, chunk=self.far.chunk)
+        return self.near.cost_beside(shape) + self.far.cost(shape, *self.reach, kept)
 
     def density(self, shape: AttentionShape) -> float:
         """Multiply-adds, selection included, as a share of dense causal attention."""
@@ -414,17 +501,25 @@ class Approximation:
         """The near and far tiles of some query blocks, and the slots that the far tiles read."""
         if self.far is None:
             return self.near.near(inputs, blocks), None
-        window, sinks = self.reach
-        floor = self.far.floor(inputs, blocks, window)
-        near = self.near.near(inputs, blocks, floor)
-        heads = len(inputs.head)
-        floors = floor[:, None].expand(-1, heads, -1)
-        slots, far = self.far.far(inputs, floors, (sinks,) * heads)
-        return tile_list.concat([near, far]), slots
+        near = self.beside(inputs, blocks)
+        sinks = (self.reach[1],) * len(inputs.head)
+        slots, far = self.far.far(self.chunked(inputs), near.floor, sinks, near.kept)
+        return tile_list.concat([near.tiles, far]), slots
+
+    def beside(self, inputs: Inputs, blocks: Tensor) -> NearField:
+        """The near field of a pair."""
+        assert self.far is not None
+        floor = self.far.floor(self.chunked(inputs), blocks, self.near.recent)
+        tiles, kept = self.near.beside(inputs, blocks, floor, self.far.chunk)
+        return NearField(tiles, floor[:, None].expand(-1, len(inputs.head), -1), kept)
+
+    def chunked(self, inputs: Inputs) -> Inputs:
+        """The call as the far field sees it: chunks begin at `start`."""
+        return inputs.on_blocks if self.near.keeps_chunks else inputs
 
     def part(self, inputs: Inputs, blocks: Tensor) -> Part | None:
         """What the far field contributes to the rows of some query blocks besides `tiles`."""
-        if self.far is None:
+        if self.far is None or self.near.keeps_chunks:
             return None
         window, sinks = self.reach
         heads = len(inputs.head)
@@ -435,13 +530,13 @@ class Approximation:
     def together(self) -> str:
         """Approximations with the same text share what a layer pays once."""
         if self.far is not None:
-            return repr(self.far)
+            return repr(self if self.near.keeps_chunks else self.far)
         return self.near.name if self.near.selects_together else repr(self.near)
 
     @property
     def reach(self) -> tuple[int, int]:
         """Window and sinks of the selector: what a far field must leave to it."""
-        return getattr(self.near, "window", 0), getattr(self.near, "sinks", 0)
+        return self.near.recent, getattr(self.near, "sinks", 0)
 
     def fit(self, moments: Moments) -> dict[str, Tensor]:
         """Calibrated data that this approximation reads, for one layer."""

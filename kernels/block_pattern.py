@@ -2,6 +2,10 @@
 
 Key blocks are runs [64 J, 64 J + 64) of absolute positions. With padding, the first block of a
 sequence is the one that holds its first real token.
+
+Beside a far field, its chunks are chosen instead of blocks: a chunk is near as a whole, or left to
+the far field as a whole. The first chunk begins with the first block and is always near, so that no
+summary holds padding.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
-from attnplan.kernels.pattern import causal
+from attnplan.kernels.pattern import causal, window_pairs
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import best
 
@@ -59,6 +63,22 @@ class BlockGrid:
     def candidates(self, local: int) -> Tensor:
         """Blocks between the sink block and the recent ones, same shape as `always`."""
         return (self.key_block > self.sink) & (self.key_block <= self.first - local)
+
+    def by_chunk(self, scores: Tensor, blocks: int) -> Tensor:
+        """The best score of every chunk of `blocks` key blocks, [..., key blocks] to [..., chunks].
+
+        Chunks begin at the sink block; the last may be cut off, and its score means nothing then.
+        """
+        count = len(self.key_block)
+        index = self.sink + torch.arange(-(-count // blocks) * blocks, device=scores.device)
+        index = index.clamp(max=count - 1).expand(*scores.shape[:3], -1)
+        return scores.gather(3, index).unflatten(3, (-1, blocks)).amax(4)
+
+    def by_block(self, chunks: Tensor, blocks: int) -> Tensor:
+        """Chosen chunks as chosen key blocks, bool [..., chunks] to [..., key blocks]."""
+        after = self.key_block - self.sink
+        index = (after.clamp(min=0) // blocks).expand(*chunks.shape[:3], -1)
+        return chunks.gather(3, index) & (after >= 0)
 
     def pairs(self, inputs: Inputs, chosen: Tensor) -> Tensor:
         """Block choices as a mask [batch, heads, queries, keys]: tests only."""
@@ -136,18 +156,22 @@ def _block_means(rows: Tensor, real: Tensor) -> Tensor:
 class ScoredBlocks(Selector):
     """Keep the sink block, `local` recent key blocks, and the `top` best-scoring others.
 
-    A subclass says how a query block scores a key block. Ties go to the earlier block.
+    A subclass says how a query block scores a key block. Ties go to the earlier block. Beside a far
+    field `top` is rounded up to whole chunks, and the score of a chunk is that of its best block.
     """
 
+    keeps_chunks: ClassVar[bool] = True
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((4, 2), (16, 4))
     """(top, local) worth trying."""
+    settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ()
+    """Those that are worth trying with a far field too."""
 
     top: int
     local: int = 2
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"top must be at least 1 block, got {self.top}")
+        if self.top < 0:
+            raise ValueError(f"top must not be negative, got {self.top}")
         if self.local < 1:
             raise ValueError(f"local must be at least 1 block, got {self.local}")
 
@@ -156,6 +180,9 @@ class ScoredBlocks(Selector):
         for top, local in cls.settings:
             if (top + local + 1) * BLOCK < shape.keys:
                 yield cls(top, local)
+
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        return (self.top, self.local) in self.settings_with_far
 
     @abstractmethod
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
@@ -170,16 +197,35 @@ class ScoredBlocks(Selector):
         chosen = self._chosen(inputs, blocks, grid)
         return block_tiles(inputs, blocks, grid, chosen | grid.always(self.local))
 
+    @property
+    def recent(self) -> int:
+        return (self.local - 1) * BLOCK + 1
+
+    def beside(
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, chunk: int
+    ) -> tuple[TileList, Tensor | None]:
+        grid = BlockGrid.of(inputs, blocks)
+        each = chunk // BLOCK
+        scores = grid.by_chunk(self.scores(inputs, blocks), each)
+        number = torch.arange(scores.shape[3], device=scores.device)
+        end = floor[:, None, :, None] // BLOCK
+        is_far = number < (end - grid.sink) // each
+        kept = best(scores, is_far & (number > 0), -(-self.top // each))
+        kept = kept | (is_far & (number == 0))
+        local = (grid.key_block >= end) & (grid.key_block <= grid.last)
+        return block_tiles(inputs, blocks, grid, grid.by_block(kept, each) | local), kept
+
+    def kept_chunks(self, chunks: Tensor, chunk: int) -> Tensor:
+        return chunks.clamp(max=1 + -(-self.top * BLOCK // chunk))
+
     def keep(self, inputs: Inputs) -> Tensor:
         blocks = torch.arange(inputs.blocks, device=inputs.query.device)
         grid = BlockGrid.of(inputs, blocks)
         return grid.pairs(inputs, self._chosen(inputs, blocks, grid) | grid.always(self.local))
 
     def cost(self, shape: AttentionShape) -> Cost:
-        query_block = torch.arange(-(-shape.queries // BLOCK))
-        own = (shape.keys - shape.queries + query_block * BLOCK) // BLOCK
-        candidates = (own - self.local).clamp(min=0)
-        rows = (shape.queries - query_block * BLOCK).clamp(max=BLOCK)
+        candidates = self._candidates(shape)
+        rows = (shape.queries - torch.arange(len(candidates)) * BLOCK).clamp(max=BLOCK)
         far = int(((candidates.clamp(max=self.top)) * rows).sum()) * BLOCK
         i = torch.arange(shape.keys - shape.queries, shape.keys)
         first = (i + shape.queries - shape.keys) // BLOCK * BLOCK + shape.keys - shape.queries
@@ -187,6 +233,17 @@ class ScoredBlocks(Selector):
         near = int((i + 1 - local_start + (local_start > 0) * BLOCK).sum())
         selection = self.score_macs(shape, int(candidates.sum()))
         return Cost(2.0 * shape.head_dim * (near + far), selection)
+
+    def cost_beside(self, shape: AttentionShape) -> Cost:
+        near = window_pairs(shape, self.recent, 0)
+        selection = self.score_macs(shape, int(self._candidates(shape).sum()))
+        return Cost(2.0 * shape.head_dim * near, selection)
+
+    def _candidates(self, shape: AttentionShape) -> Tensor:
+        """How many key blocks every query block chooses from."""
+        query_block = torch.arange(-(-shape.queries // BLOCK))
+        own = (shape.keys - shape.queries + query_block * BLOCK) // BLOCK
+        return (own - self.local).clamp(min=0)
 
     def _chosen(self, inputs: Inputs, blocks: Tensor, grid: BlockGrid) -> Tensor:
         """Bool [batch, heads, len(blocks), key blocks]."""

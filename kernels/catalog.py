@@ -109,8 +109,8 @@ def choices(shape: AttentionShape) -> Iterator[Approximation]:
             yield Approximation(near)
             if near.tried_with_far(shape):
                 for compressor in FAR.values():
-                    pairs = (Approximation(near, far) for far in compressor.choices(shape))
-                    yield from (pair for pair in pairs if pair.reach[0] in compressor.windows)
+                    for far in compressor.choices_behind(near, shape):
+                        yield Approximation(near, far)
 
 
 def fit(moments: Moments) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Far fields that end where a chunk of keys ends.
 
 A query block's far field is the complete chunks that lie before its window; the keys between them
-and the window stay near, so no summary of a chunk holds a key that a query must not see.
+and the window stay near, so no summary of a chunk holds a key that a query must not see. A selector
+may keep some of these chunks near: their summaries are then left out.
 """
 
 from __future__ import annotations

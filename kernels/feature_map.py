@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Kept, Moments
 from attnplan.kernels.chunked import ChunkedFarField
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
@@ -103,7 +103,9 @@ class FeatureMap(ChunkedFarField):
         numerator, mass, shift = (torch.cat(same, 1) for same in zip(*made, strict=True))
         return Part(numerator, mass, shift, tuple(heads))
 
-    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
+    def cost(
+        self, shape: AttentionShape, window: int, sinks: int, kept: Kept | None = None
+    ) -> Cost:
         chunks, more = self.visible(shape, window, sinks)
         count, head_dim = self.count(shape.head_dim), shape.head_dim
         most = int(chunks.max())

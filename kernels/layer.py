@@ -20,6 +20,7 @@ from attnplan.kernels.approximation import (
     Compressor,
     Fitted,
     Inputs,
+    NearField,
     Selector,
     Slots,
 )
@@ -46,10 +47,11 @@ class LayerKernel:
         self._static = [(a, tuple(h)) for a, h in heads.items() if a.static]
         self._paired = [(a, tuple(h)) for a, h in heads.items() if a.far is not None]
         self._dynamic: dict[type[Selector], list[int]] = {}
-        self._compressed: dict[Compressor, list[int]] = {}
+        self._compressed: dict[tuple[Compressor, bool], list[int]] = {}
         for head, approximation in enumerate(assignment):
             if approximation.far is not None:
-                self._compressed.setdefault(approximation.far, []).append(head)
+                shared = approximation.far, approximation.near.keeps_chunks
+                self._compressed.setdefault(shared, []).append(head)
             elif not approximation.static:
                 self._dynamic.setdefault(type(approximation.near), []).append(head)
 
@@ -97,23 +99,23 @@ class LayerKernel:
         for method, heads in self._dynamic.items():
             selectors = [self.assignment[head].near for head in heads]
             parts.append((heads, method.select(selectors, inputs.heads(tuple(heads)), blocks)))
-        floors: dict[int, Tensor] = {}
+        fields: dict[int, tuple[NearField, int]] = {}
         for approximation, paired in self._paired:
-            assert approximation.far is not None
-            floor = approximation.far.floor(inputs, blocks, approximation.reach[0])
-            floors |= dict.fromkeys(paired, floor)
-            near = approximation.near.near(inputs.heads(paired), blocks, floor)
-            parts.append((paired, near))
+            field = approximation.beside(inputs.heads(paired), blocks)
+            fields |= {head: (field, row) for row, head in enumerate(paired)}
+            parts.append((paired, field.tiles))
         near = tile_list.stack_heads(parts, len(self.assignment))
         if not self._compressed:
             return near, None
-        far, slots = self._far(inputs, len(blocks), floors)
+        far, slots = self._far(inputs, len(blocks), fields)
         return tile_list.concat([near, far]), slots
 
     def part(self, inputs: Inputs, blocks: Tensor) -> Part | None:
         """What far fields contribute to some query blocks besides `tiles`."""
         parts = []
-        for compressor, heads in self._compressed.items():
+        for (compressor, keeps_chunks), heads in self._compressed.items():
+            if keeps_chunks:
+                continue
             windows, sinks = zip(*(self.assignment[head].reach for head in heads), strict=True)
             floors = {w: compressor.floor(inputs, blocks, w) for w in set(windows)}
             floor = torch.stack([floors[w] for w in windows], dim=1)
@@ -123,19 +125,22 @@ class LayerKernel:
         return part.stack_heads(parts) if parts else None
 
     def _far(
-        self, inputs: Inputs, blocks: int, floors: dict[int, Tensor]
+        self, inputs: Inputs, blocks: int, fields: dict[int, tuple[NearField, int]]
     ) -> tuple[TileList, Slots | None]:
         """Slot tiles and slots; heads with the same compressor compress together."""
         parts: list[tuple[Sequence[int], TileList]] = []
         slots: list[tuple[list[int], Slots]] = []
-        for compressor, heads in self._compressed.items():
-            floor = torch.stack([floors[head] for head in heads], dim=1)
+        for (compressor, _), heads in self._compressed.items():
+            near = [fields[head] for head in heads]
+            floor = torch.stack([field.floor[:, row] for field, row in near], dim=1)
+            kept = [field.kept[:, row] for field, row in near if field.kept is not None]
             sinks = [self.assignment[head].reach[1] for head in heads]
-            made, tiles = compressor.far(inputs.heads(tuple(heads)), floor, sinks)
+            some = self.assignment[heads[0]].chunked(inputs.heads(tuple(heads)))
+            made, tiles = compressor.far(some, floor, sinks, torch.stack(kept, 1) if kept else None)
             parts.append((heads, tiles))
             if made is not None:
                 slots.append((heads, made))
-        others = [head for head in range(len(self.assignment)) if head not in floors]
+        others = [head for head in range(len(self.assignment)) if head not in fields]
         if others:
             nothing = tile_list.empty(len(inputs.start), len(others), blocks, inputs.query.device)
             parts.append((others, nothing))

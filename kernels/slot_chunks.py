@@ -23,6 +23,8 @@ from attnplan.kernels.approximation import (
     AttentionShape,
     Cost,
     Inputs,
+    Kept,
+    Selector,
     Slots,
 )
 from attnplan.kernels.chunked import ChunkedFarField
@@ -73,6 +75,8 @@ class ChunkCompressor(ChunkedFarField):
 
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
     """(chunk, slots) worth trying."""
+    settings_behind: ClassVar[tuple[tuple[int, int], ...]] = ()
+    """(chunk, slots) worth trying with a selector that keeps chunks."""
     mean_name: ClassVar[str | None] = None
     """Fitted mean queries [heads, head_dim] to take out of the scores; None for none."""
 
@@ -89,6 +93,16 @@ class ChunkCompressor(ChunkedFarField):
             if 3 * chunk <= shape.keys:
                 yield cls(chunk, slots)
 
+    @classmethod
+    def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
+        yield from super().choices_behind(near, shape)
+        if near.keeps_chunks:
+            yield from (cls(chunk, slots) for chunk, slots in cls.settings_behind)
+
+    @property
+    def separable(self) -> bool:
+        return True
+
     @abstractmethod
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         """Slots of every chunk; chunks know nothing of each other."""
@@ -98,20 +112,26 @@ class ChunkCompressor(ChunkedFarField):
         """Multiply-adds of summarising one chunk for one head."""
 
     def far(
-        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
     ) -> tuple[Slots | None, TileList]:
         chunks = self.chunks_before(inputs, floor)
         most = int(chunks.max())
         slots = self._slots(inputs, most, sinks) if most else None
-        return slots, slot_tiles(torch.zeros_like(chunks), chunks * self.slots)
+        if kept is None:
+            return slots, slot_tiles(torch.zeros_like(chunks), chunks * self.slots)
+        before = torch.arange(most, device=chunks.device) < chunks[..., None]
+        return slots, chunk_tiles(before & ~kept[..., :most], self.slots)
 
     def read(self, chunks: Tensor) -> Tensor:
         """How many slots a query reads that has `chunks` chunks behind it."""
         return chunks * self.slots
 
-    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
+    def cost(
+        self, shape: AttentionShape, window: int, sinks: int, kept: Kept | None = None
+    ) -> Cost:
         chunks, more = self.visible(shape, window, sinks)
-        pairs = int((self.read(chunks) + more).sum())
+        near = torch.zeros_like(chunks) if kept is None else kept(chunks)
+        pairs = int((self.read(chunks - near) + near * self.chunk + more).sum())
         build = float(chunks.max()) * self.build_macs(shape.head_dim)
         return Cost(2.0 * shape.head_dim * pairs, build)
 
@@ -210,20 +230,43 @@ def whole_tiles(made: Summary, log_weight: Tensor) -> Slots:
 
 def slot_tiles(first: Tensor, last: Tensor) -> TileList:
     """Slot tiles: a query block reads slots [first, last), both int64 [batch, heads, blocks]."""
-    batch, heads, count = last.shape
-    device = last.device
-    tile = torch.arange(-(-int(last.max()) // BLOCK), device=device) * BLOCK
-    low = (first[..., None] - tile).clamp(0, BLOCK)
-    high = (last[..., None] - tile).clamp(0, BLOCK)
-    b, h, row, index = torch.nonzero(high > low, as_tuple=True)
-    low, high = low[b, h, row, index], high[b, h, row, index]
-    columns, mask = torch.unique(low * (BLOCK + 1) + high, return_inverse=True)
-    mask = torch.where(high - low == BLOCK, FULL, mask)
+    tile = torch.arange(-(-int(last.max()) // BLOCK), device=last.device)
+    return _word_tiles(_run(first[..., None], last[..., None], tile))
+
+
+def chunk_tiles(read: Tensor, slots: int) -> TileList:
+    """Slot tiles: a query block reads the slots of some chunks.
+
+    Args:
+        read: bool [batch, heads, blocks, chunks].
+        slots: per chunk.
+    """
+    chunks = read.shape[3]
+    first = torch.arange(chunks, device=read.device)[:, None] * slots
+    # a chunk lies in so many tiles at most; the last of them may be past the end, and is then empty
+    span = torch.arange(-(-(slots - 1) // BLOCK) + 1, device=read.device)
+    tile = first // BLOCK + span
+    bits = read[..., None] * _run(first, first + slots, tile)
+    words = bits.new_zeros(*read.shape[:3], -(-chunks * slots // BLOCK) + len(span))
+    words.index_add_(3, tile.flatten(), bits.flatten(3))  # distinct bits: a sum is an or
+    return _word_tiles(words)
+
+
+def _run(first: Tensor, last: Tensor, tile: Tensor) -> Tensor:
+    """Which of the 64 slots of tiles are in [first, last), as bits of an int64."""
+    low, high = ((end - tile * BLOCK).clamp(0, BLOCK) for end in (first, last))
+    before = [torch.where(n == BLOCK, -1, (1 << n.clamp(max=BLOCK - 1)) - 1) for n in (low, high)]
+    return before[1] & ~before[0]
+
+
+def _word_tiles(words: Tensor) -> TileList:
+    """Slot tiles: which slots of every tile a query block reads, [batch, heads, blocks, tiles]."""
+    batch, heads, count, _ = words.shape
+    b, h, row, index = torch.nonzero(words, as_tuple=True)
+    distinct, mask = torch.unique(words[b, h, row, index], return_inverse=True)
+    mask = torch.where(distinct[mask] == -1, FULL, mask)
     tiles = torch.stack([torch.full_like(index, SLOTS), index, mask], dim=1)
-    ramp = torch.arange(BLOCK, device=device)
-    begin, end = columns[:, None] // (BLOCK + 1), columns[:, None] % (BLOCK + 1)
-    words = tile_list.pack_bits((ramp >= begin) & (ramp < end))
-    masks = words[:, None].expand(-1, BLOCK).contiguous()
-    gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=device)
+    masks = distinct[:, None].expand(-1, BLOCK).contiguous()
+    gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=words.device)
     rows = (b * heads + h) * count + row
     return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)

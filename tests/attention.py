@@ -10,6 +10,7 @@ from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, Inputs, Moments
 from attnplan.kernels.engines import reference
 from attnplan.kernels.pattern import causal
+from attnplan.kernels.slot_chunks import ChunkCompressor
 
 Engine = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -72,6 +73,21 @@ def text(queries: int = 500, *, seed: int = 0, dtype: torch.dtype = torch.float6
 def pair(far: str, window: int = 32, **knobs: int) -> Approximation:
     near = {"name": "window", "window": window}
     return catalog.from_dict({"near": near, "far": {"name": far, **knobs}})
+
+
+def small(compressor: type[ChunkCompressor]) -> ChunkCompressor:
+    """Chunks of 64 keys, or of as many as the method must have."""
+    try:
+        return compressor(64, 8)
+    except ValueError:
+        return compressor()
+
+
+def chosen_pairs() -> list[Approximation]:
+    """Every selector that keeps chunks, with every compressor whose chunks it may keep."""
+    near = [cls(top=1, local=1) for cls in catalog.NEAR.values() if cls.keeps_chunks]  # type: ignore[call-arg]
+    far = [small(cls) for cls in catalog.FAR.values() if issubclass(cls, ChunkCompressor)]
+    return [Approximation(n, f) for n in near for f in far]
 
 
 def error(approximation: Approximation, inputs: Inputs) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.attention import all_blocks, dense, moments, run
+from tests.attention import all_blocks, chosen_pairs, dense, moments, run
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
@@ -14,7 +14,7 @@ from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK
 
 LONG = AttentionShape(1, 4, 2, 1024, 1024, 16)
-CHOICES = list(catalog.choices(LONG))
+CHOICES = list(dict.fromkeys([*catalog.choices(LONG), *chosen_pairs()]))
 NEAR = [a for a in CHOICES if a.far is None]
 ONE_EACH = list({a.name: a for a in CHOICES}.values())
 
@@ -194,6 +194,15 @@ EVERYTHING = [
     {"near": {"name": "sorted_blocks", "top": 500, "window": 1, "segment": 64}},
     {"near": {"name": "routing", "top": 500, "window": 1, "segment": 100}},
     {"near": {"name": "window", "window": 500}, "far": {"name": "centroid_t"}},
+    {"near": {"name": "quest", "top": 500}, "far": {"name": "centroid_t", "chunk": 64}},
+    {
+        "near": {"name": "block_topk", "top": 1, "local": 1},
+        "far": {"name": "multipole", "chunk": 64, "slots": 64},
+    },
+    {
+        "near": {"name": "antidiagonal", "top": 0, "local": 1},
+        "far": {"name": "sampled_columns", "chunk": 64, "slots": 64, "uniform": 100},
+    },
     {
         "near": {"name": "window", "window": 16},
         "far": {"name": "sampled_columns", "chunk": 64, "slots": 64, "uniform": 100},

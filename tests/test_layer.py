@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.attention import chosen_pairs
 from torch import Tensor
 
 from attnplan.kernels import catalog, layer
@@ -25,7 +26,7 @@ from attnplan.kernels.near.window import Window
 
 DENSE = catalog.DENSE
 CHOICES = [a for a in catalog.choices(AttentionShape(1, 4, 2, 600, 600, 16)) if not a.is_dense]
-ONE_EACH = list({a.name: a for a in CHOICES}.values())
+ONE_EACH = list({a.name: a for a in [*CHOICES, *chosen_pairs()]}.values())
 WINDOWS = [Approximation(Window(w)) for w in (16, 64, 100)]
 FAR = [
     Approximation(Window(64), CentroidT(64, 8)),

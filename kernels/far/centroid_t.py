@@ -43,6 +43,7 @@ class CentroidT(ChunkCompressor):
     predictor: ClassVar[str] = "cluster_inertia"
     windows: ClassVar[tuple[int, ...]] = (32, 128, 512)
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((64, 8), (256, 16))
+    settings_behind: ClassVar[tuple[tuple[int, int], ...]] = ((64, 2), (64, 8))
     mean_name: ClassVar[str | None] = "centroid_t.query_mean"
 
     chunk: int = 256

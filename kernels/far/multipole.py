@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Slots
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Kept, Slots
 from attnplan.kernels.slot_chunks import (
     ChunkCompressor,
     Chunks,
@@ -68,10 +68,14 @@ class Multipole(ChunkCompressor):
         seed, _ = pick(chunks.weight, self.slots, 0.0)
         return pooled(chunks, lloyd(chunks.key, chunks.weight, take(chunks.key, seed), STEPS))
 
+    @property
+    def separable(self) -> bool:
+        return self.levels == 1
+
     def far(
-        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int]
+        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
     ) -> tuple[Slots | None, TileList]:
-        slots, tiles = super().far(inputs, floor, sinks)
+        slots, tiles = super().far(inputs, floor, sinks, kept)
         chunks = self.chunks_before(inputs, floor)
         groups = self._groups(chunks)
         most = int(groups.max())
@@ -92,10 +96,12 @@ class Multipole(ChunkCompressor):
     def build_macs(self, head_dim: int) -> float:
         return float(self.chunk * head_dim * self.slots * (2 * STEPS + 2))
 
-    def cost(self, shape: AttentionShape, window: int, sinks: int) -> Cost:
+    def cost(
+        self, shape: AttentionShape, window: int, sinks: int, kept: Kept | None = None
+    ) -> Cost:
         groups = self._groups(self.visible(shape, window, sinks)[0])
         one = GROUP * self.slots * shape.head_dim * self.slots * (2 * STEPS + 3)
-        return super().cost(shape, window, sinks) + Cost(0.0, float(groups.max() * one))
+        return super().cost(shape, window, sinks, kept) + Cost(0.0, float(groups.max() * one))
 
     def _groups(self, chunks: Tensor) -> Tensor:
         """How many groups are read at the second level where `chunks` chunks are read in all."""

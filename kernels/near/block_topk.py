@@ -35,6 +35,7 @@ class BlockTopK(ScoredBlocks):
         (16, 4),
         (32, 4),
     )
+    settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ((2, 2), (8, 2))
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         keys = pooled_keys(inputs)[:, list(inputs.kv_head)]  # [batch, heads, key blocks, head_dim]

@@ -29,6 +29,7 @@ class Quest(ScoredBlocks):
 
     name: ClassVar[str] = "quest"
     predictor: ClassVar[str] = "top_block_mass_4"
+    settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ((4, 2),)
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         low, high = (bound[:, list(inputs.kv_head)].mT for bound in _bounds(inputs))
