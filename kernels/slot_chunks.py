@@ -244,7 +244,8 @@ def chunk_tiles(read: Tensor, slots: int) -> TileList:
     chunks = read.shape[3]
     first = torch.arange(chunks, device=read.device)[:, None] * slots
     # a chunk lies in so many tiles at most; the last of them may be past the end, and is then empty
-    span = torch.arange(-(-(slots - 1) // BLOCK) + 1, device=read.device)
+    crosses = BLOCK % slots > 0 and slots % BLOCK > 0
+    span = torch.arange(-(-slots // BLOCK) + crosses, device=read.device)
     tile = first // BLOCK + span
     bits = read[..., None] * _run(first, first + slots, tile)
     words = bits.new_zeros(*read.shape[:3], -(-chunks * slots // BLOCK) + len(span))
