@@ -62,7 +62,8 @@ def engine_digest(device: str) -> str:
     folder = Path(__file__).parent
     names = {"cpu": ("cpu.py", "build.py"), "cuda": ("triton.py",)}[device]
     files = [folder / "engines" / name for name in names]
-    files += sorted((folder / "engines").glob("*.cpp")) if device == "cpu" else []
+    if device == "cpu":
+        files += sorted(f for kind in ("*.cpp", "*.h") for f in (folder / "engines").glob(kind))
     for part in (".", "near", "far"):
         files += sorted((folder / part).glob("*.py"))
     content = b"\0".join(path.read_bytes() for path in files)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  (loads libgomp before our library asks for it)
 
-SOURCES = ("attention.cpp", "token_selection.cpp", "tile_join.cpp")
+SOURCES = ("attention.cpp", "decode.cpp", "token_selection.cpp", "tile_join.cpp")
+HEADERS = ("vectors.h",)
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
@@ -62,7 +63,8 @@ def compile_with(compiler: str, folder: Path) -> Build:
     version = _first_line([compiler, "--version"])
     here = Path(__file__).parent
     sources = [here / name for name in SOURCES]
-    fixed = [version, _instruction_sets(), *(s.read_text(encoding="utf-8") for s in sources)]
+    read = [*sources, *(here / name for name in HEADERS)]
+    fixed = [version, _instruction_sets(), *(s.read_text(encoding="utf-8") for s in read)]
     error = ""
     for target in TARGETS:
         flags = [*FLAGS, *target]

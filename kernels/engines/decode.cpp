@@ -1,0 +1,217 @@
+// Attention of a few new tokens over stored rows on a CPU: the compiled half of decode_cpu.py.
+//
+// One work item is a run of rows of one (batch, kv head): it reads every key and value once, for all
+// query heads of the group, and leaves for each query (shift, mass, numerator). Where a head has
+// several items they are merged in the end. Arithmetic is float32, logarithms are natural.
+
+#include "vectors.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <vector>
+
+namespace {
+
+constexpr int64_t TILE = 64;  // rows scored at once
+
+struct Head {  // one kv head: strides in elements; the last dimension is contiguous
+    const void* key;
+    const void* value;
+    const float* bias;  // or null
+    int64_t key_batch, key_row, value_batch, value_row, bias_batch, rows, index;
+};
+
+struct DecodeCall {
+    int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+    int64_t batch, kv_heads, group, queries, head_dim, value_dim, threads, run;
+    double scale;
+    Strided query, output;
+    float* lse;  // [batch, heads, queries]
+    const Head* heads;
+};
+
+struct Item {
+    int64_t batch, head, first, last;
+};
+
+template <class T>
+struct Decoder {
+    const DecodeCall& c;
+    int64_t packed, depth, width;  // queries of a group; head_dim and value_dim in whole vectors
+
+    explicit Decoder(const DecodeCall& call)
+        : c(call),
+          packed(call.group * call.queries),
+          depth((call.head_dim + W - 1) / W * W),
+          width((call.value_dim + W - 1) / W * W) {}
+
+    int64_t state_size() const { return packed * (width + 2); }
+
+    // Scaled queries of a group, [packed, depth], zero-padded: head by head, query by query.
+    void load_queries(int64_t batch, int64_t head, float* to) const {
+        for (int64_t p = 0; p < packed; p++) {
+            int64_t h = head * c.group + p / c.queries, q = p % c.queries;
+            const T* row = (const T*)c.query.data + batch * c.query.batch + h * c.query.head +
+                           q * c.query.row;
+            for (int64_t d = 0; d < depth; d += W)
+                store(to + p * depth + d, load_first(row + d, c.head_dim - d) * (float)c.scale);
+        }
+    }
+
+    // Dots of N queries, from `query` on, with W keys.
+    template <int N>
+    void score(const float* query, const T* key, int64_t stride, int64_t keys, vec* dots) const {
+        vec part[N][W];
+        for (int j = 0; j < W; j++) {
+            const T* row = key + std::min<int64_t>(j, keys - 1) * stride;
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) part[n][j] = vec{};
+            for (int64_t d = 0; d < depth; d += W) {
+                vec k = load_first(row + d, c.head_dim - d);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) part[n][j] += load(query + n * depth + d) * k;
+            }
+        }
+        for (int n = 0; n < N; n++) dots[n] = reduce_each(part[n]);
+    }
+
+    // N queries over a tile of rows; `weights` is [packed, TILE].
+    template <int N>
+    void tile(const Head& h, const float* query, int64_t p, int64_t batch, int64_t first,
+              int64_t rows, float* state, float* weights) const {
+        const T* key = (const T*)h.key + batch * h.key_batch + first * h.key_row;
+        const float* bias = h.bias ? h.bias + batch * h.bias_batch + first : nullptr;
+        for (int64_t j = 0; j < rows; j += W) {
+            vec dots[N];
+            score<N>(query + p * depth, key + j * h.key_row, h.key_row, rows - j, dots);
+            vec more = bias ? load_first(bias + j, rows - j) : vec{};
+            for (int n = 0; n < N; n++) {
+                int64_t seen = h.rows - c.queries + (p + n) % c.queries + 1 - first - j;
+                seen = std::min(seen, rows - j);
+                vec x = bias ? dots[n] + more : dots[n];
+                uint64_t word = seen >= W ? ~0ull : seen <= 0 ? 0 : (1ull << seen) - 1;
+                store(weights + n * TILE + j, where_set(word, x));
+            }
+        }
+        int64_t whole = (rows + W - 1) / W * W;
+        const T* value = (const T*)h.value + batch * h.value_batch + first * h.value_row;
+        for (int n = 0; n < N; n++) {
+            float* own = state + (p + n) * (width + 2);
+            float* w = weights + n * TILE;
+            vec top = splat(NONE);
+            for (int64_t j = 0; j < whole; j += W) top = max(top, load(w + j));
+            float shift = std::max(own[0], reduce_max(top));
+            if (shift == NONE) {
+                for (int64_t j = 0; j < whole; j += W) store(w + j, vec{});
+                continue;
+            }
+            float fade = own[0] == NONE ? 0.f : std::exp(own[0] - shift);
+            vec mass{};
+            for (int64_t j = 0; j < whole; j += W) {
+                vec e = exponential(load(w + j) - shift);
+                store(w + j, e);
+                mass += e;
+            }
+            own[0] = shift;
+            own[1] = own[1] * fade + reduce_add(mass);
+            for (int64_t d = 0; d < width; d += W) store(own + 2 + d, load(own + 2 + d) * fade);
+        }
+        for (int64_t d = 0; d < width; d += W) {
+            vec sum[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) sum[n] = vec{};
+            for (int64_t j = 0; j < rows; j++) {
+                bool any = false;  // a row that nobody sees may hold anything
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) any |= weights[n * TILE + j] != 0;
+                if (!any) continue;
+                vec v = load_first(value + j * h.value_row + d, c.value_dim - d);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) sum[n] += v * weights[n * TILE + j];
+            }
+            for (int n = 0; n < N; n++) {
+                float* at = state + (p + n) * (width + 2) + 2 + d;
+                store(at, load(at) + sum[n]);
+            }
+        }
+    }
+
+    void item(const Item& i, float* query, float* weights, float* state) const {
+        const Head& h = c.heads[i.head];
+        load_queries(i.batch, h.index, query);
+        for (int64_t p = 0; p < packed; p++) {
+            float* own = state + p * (width + 2);
+            std::fill(own, own + width + 2, 0.f);
+            own[0] = NONE;
+        }
+        for (int64_t first = i.first; first < i.last; first += TILE) {
+            int64_t rows = std::min(TILE, i.last - first), p = 0;
+            for (; p + 4 <= packed; p += 4) tile<4>(h, query, p, i.batch, first, rows, state, weights);
+            for (; p + 3 <= packed; p += 3) tile<3>(h, query, p, i.batch, first, rows, state, weights);
+            for (; p < packed; p++) tile<1>(h, query, p, i.batch, first, rows, state, weights);
+        }
+    }
+
+    // Merge the items of one (batch, head), which follow each other, and write the outputs.
+    void finish(const Item& i, const float* states, int64_t count) const {
+        for (int64_t p = 0; p < packed; p++) {
+            int64_t h = c.heads[i.head].index * c.group + p / c.queries, q = p % c.queries;
+            float shift = NONE, mass = 0;
+            for (int64_t s = 0; s < count; s++)
+                shift = std::max(shift, states[s * state_size() + p * (width + 2)]);
+            std::vector<float> sum(width, 0.f);
+            for (int64_t s = 0; s < count && shift != NONE; s++) {
+                const float* own = states + s * state_size() + p * (width + 2);
+                float fade = own[0] == NONE ? 0.f : std::exp(own[0] - shift);
+                mass += own[1] * fade;
+                for (int64_t d = 0; d < c.value_dim; d++) sum[d] += own[2 + d] * fade;
+            }
+            T* to = (T*)c.output.data + i.batch * c.output.batch + h * c.output.head +
+                    q * c.output.row;
+            for (int64_t d = 0; d < c.value_dim; d++) put(to + d, mass > 0 ? sum[d] / mass : 0.f);
+            c.lse[(i.batch * c.kv_heads * c.group + h) * c.queries + q] =
+                mass > 0 ? shift + std::log(mass) : NONE;
+        }
+    }
+
+    int run() const {
+        std::vector<Item> items;
+        std::vector<int64_t> begins;
+        for (int64_t b = 0; b < c.batch; b++)
+            for (int64_t h = 0; h < c.kv_heads; h++) {
+                begins.push_back(items.size());
+                for (int64_t first = 0; first < c.heads[h].rows; first += c.run)
+                    items.push_back({b, h, first, std::min(first + c.run, c.heads[h].rows)});
+            }
+        begins.push_back(items.size());
+        int64_t threads = std::min<int64_t>(c.threads, items.size());
+        int64_t scratch = packed * depth + 4 * TILE;
+        size_t floats = items.size() * state_size() + threads * scratch;
+        float* memory = (float*)std::malloc(floats * sizeof(float));
+        if (!memory) return 5;
+        float* spare = memory + items.size() * state_size();
+        std::atomic<int64_t> next{0}, workers{0}, heads{0};
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+        {
+            float* own = spare + (workers++) * scratch;
+            for (int64_t i; (i = next++) < (int64_t)items.size();)
+                item(items[i], own, own + packed * depth, memory + i * state_size());
+#pragma omp barrier
+            for (int64_t g; (g = heads++) + 1 < (int64_t)begins.size();)
+                finish(items[begins[g]], memory + begins[g] * state_size(),
+                       begins[g + 1] - begins[g]);
+        }
+        std::free(memory);
+        return 0;
+    }
+};
+
+}  // namespace
+
+extern "C" int attnplan_decode(const DecodeCall* call) {
+    switch (call->dtype) {
+        case 0: return Decoder<float>(*call).run();
+        case 1: return Decoder<BFloat16>(*call).run();
+        default: return Decoder<Float16>(*call).run();
+    }
+}

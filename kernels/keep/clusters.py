@@ -1,0 +1,97 @@
+"""Keep the keys that recent queries attend to, and weighted clusters of all the others.
+
+With m the calibrated mean query of the group, e^{s q.k} = e^{s (q-m).k} e^{s m.k}: the second
+factor W is a weight that no longer depends on the query. What is not kept as it is, is clustered by
+Lloyd steps on S_q^1/2 k (distances as queries see them); a cluster becomes the pseudo-key
+
+    k~ = sum W k / sum W    value = sum W v / sum W    log-mass b = log sum W - s m.k~
+
+which reproduces its keys exactly as they coincide. Old pseudo-keys are clustered again like keys of
+their mass.
+
+Sources: Hooper et al., Multipole Attention, https://arxiv.org/abs/2506.13059 (clusters for what is
+not read exactly); the absorption of the mean query, the metric and the repeated clustering are
+ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Moments
+from attnplan.kernels.balance import root
+from attnplan.kernels.keep.observed import Observed
+from attnplan.kernels.keeper import Past
+from attnplan.kernels.slot_chunks import lloyd, pick, take
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Clusters(Observed):
+    """Keep `keys` attended keys and `clusters` pseudo-keys beside the sinks and the window."""
+
+    name: ClassVar[str] = "clusters"
+    family: ClassVar[str] = "hybrid"
+    merges: ClassVar[bool] = True
+
+    clusters: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clusters < 1:
+            raise ValueError(f"clusters must be at least 1, got {self.clusters}")
+
+    @property
+    def more(self) -> int:
+        return self.keys + self.clusters
+
+    @property
+    def chosen(self) -> int:
+        return self.keys
+
+    @classmethod
+    def choices(cls, context: int) -> Iterator[Self]:
+        for share in (32, 16, 8, 4):
+            rows = context // share
+            if rows >= 128:
+                window, clusters = max(32, rows // 4), rows // 4
+                yield cls(window=window, keys=rows - window - clusters - 4, clusters=clusters)
+
+    def merged(self, old: Past) -> Past:
+        heads = list(old.kv_heads)
+        mean, metric = (
+            old.fitted[f"clusters.{name}"][heads].to(old.key.device, torch.float32)
+            for name in ("query_mean", "metric")
+        )
+        key, value = old.key.float(), old.value.float()
+        log_weight = old.bias + (key * mean[:, None]).sum(-1) * old.scale
+        shift = log_weight.amax(-1, keepdim=True)
+        shift = torch.where(shift.isfinite(), shift, 0.0)
+        weight = (log_weight - shift).exp()
+        points = torch.where(weight[..., None] > 0, key @ metric, 0)
+        seed, _ = pick(weight, self.clusters, 0.5)
+        # clustering again what was clustered before is nearly done from the start
+        steps = STEPS if old.rows > 2 * self.more else 1
+        member = lloyd(points, weight.sqrt(), take(points, seed), steps) * weight[..., None]
+        mass = member.sum(-2)
+        share = member.mT / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
+        centre = share @ torch.where(weight[..., None] > 0, key, 0)
+        pooled = share @ torch.where(weight[..., None] > 0, value, 0)
+        bias = mass.log() + shift - (centre * mean[:, None]).sum(-1) * old.scale
+        paid = (member > 0).to(old.attention.dtype).mT @ old.attention[..., None]
+        return old.replaced(
+            centre.to(old.key.dtype), pooled.to(old.value.dtype), bias, paid[..., 0]
+        )
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        kv_heads = moments.key_mean.shape[0]
+        mean = moments.query_mean.float().unflatten(0, (kv_heads, -1)).mean(1)
+        gram = moments.query_gram.double().unflatten(0, (kv_heads, -1)).mean(1)
+        return {"clusters.query_mean": mean, "clusters.metric": root(gram).float()}

@@ -1,0 +1,27 @@
+"""Keep the first and the newest keys.
+
+Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks,
+https://arxiv.org/abs/2309.17453, section 3.2. Unlike there, keys keep their rotary positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from attnplan.kernels.keeper import BoundedKeeper
+
+
+@dataclass(frozen=True)
+class Recent(BoundedKeeper):
+    """Keep the first `sinks` keys and the last `window`."""
+
+    name: ClassVar[str] = "recent"
+    family: ClassVar[str] = "window"
+
+    @classmethod
+    def choices(cls, context: int) -> Iterator[Self]:
+        for share in (64, 32, 16, 8, 4, 2):
+            if context // share >= 64:
+                yield cls(context // share)

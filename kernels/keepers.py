@@ -1,0 +1,80 @@
+"""The keepers that attnplan knows, and how a plan spells one.
+
+A keeper is added by one file in `kernels/keep` and its name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Moments
+from attnplan.kernels.keep.clusters import Clusters
+from attnplan.kernels.keep.full import Full
+from attnplan.kernels.keep.observed import Observed
+from attnplan.kernels.keep.recent import Recent
+from attnplan.kernels.keeper import Keeper
+
+KEEPERS: dict[str, type[Keeper]] = {cls.name: cls for cls in (Full, Recent, Observed, Clusters)}
+FULL = Full()
+
+
+def choices(context: int) -> Iterator[Keeper]:
+    """Every keeper worth trying for texts of `context` tokens; the full one comes first."""
+    for keeper in KEEPERS.values():
+        yield from keeper.choices(context)
+
+
+def fit(moments: Moments) -> dict[str, Tensor]:
+    """What all keepers fit to one layer, 'name.tensor' to tensor."""
+    fitted: dict[str, Tensor] = {}
+    for keeper in KEEPERS.values():
+        fitted |= keeper.fit(moments)
+    return fitted
+
+
+@cache
+def fitted_names(head_dim: int, keeper: type[Keeper]) -> frozenset[str]:
+    """What one keeper fits: found by fitting one head of white noise."""
+    mean, gram = torch.zeros(1, head_dim), torch.eye(head_dim)[None]
+    return frozenset(keeper.fit(Moments(mean, gram, mean, gram)))
+
+
+def to_dict(keeper: Keeper) -> dict[str, Any]:
+    """The spelling of plan files: {'keep': {'name': ..., knobs}}."""
+    return {"keep": {"name": keeper.name, **asdict(keeper)}}  # type: ignore[call-overload]
+
+
+def from_dict(spelled: Mapping[str, Any]) -> Keeper:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: an unknown keeper or knob, or a bad value; the message names what is known.
+    """
+    knobs = dict(spelled["keep"]) if isinstance(spelled.get("keep"), Mapping) else {}
+    name = knobs.pop("name", None)
+    if set(spelled) != {"keep"} or name is None:
+        raise ValueError(f"a keeper is spelled {{keep: {{name: ..., knobs}}}}, got {spelled!r}")
+    if name not in KEEPERS:
+        raise ValueError(f"unknown keeper {name!r}; known: {', '.join(KEEPERS)}")
+    known = {f.name for f in fields(KEEPERS[name])}  # type: ignore[arg-type]
+    for knob, value in knobs.items():
+        if knob not in known:
+            raise ValueError(f"{name} has no knob {knob!r}; known: {', '.join(sorted(known))}")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name}: {knob} must be a whole number, got {value!r}")
+    try:
+        return KEEPERS[name](**knobs)
+    except TypeError as error:
+        raise ValueError(f"bad knobs for {name}: {error}") from None
+
+
+def key(keeper: Keeper) -> str:
+    """One canonical line: `recent(window=256, sinks=4)`."""
+    knobs = asdict(keeper)  # type: ignore[call-overload]
+    return f"{keeper.name}({', '.join(f'{k}={v}' for k, v in knobs.items())})"

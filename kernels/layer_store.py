@@ -1,0 +1,312 @@
+"""What one layer stores while it decodes: for every kv head the rows that its keeper keeps.
+
+Kv heads with the same keeper share tensors, which are allocated ahead: a new token is written in
+place. The past is condensed after attention, whenever it has outgrown its limit by `SLACK` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Fitted
+from attnplan.kernels.decoding import decode
+from attnplan.kernels.keeper import SLACK, Keeper, Past
+from attnplan.kernels.stored import StoredRows
+
+QUANTUM = 64
+"""Rows that an allocation is rounded up to."""
+OBSERVED = 256
+"""Newest queries of a prefill whose attention is looked at."""
+HALF_LIFE = 128
+"""Queries after which their attention counts half."""
+SCORES = 1 << 24
+"""Attention weights that observing holds at once."""
+
+
+def capacity(keeper: Keeper, rows: int) -> int:
+    """Rows that are allocated where `rows` are in use, or would be without condensing."""
+    rounded = -(-(rows + 1) // QUANTUM) * QUANTUM
+    return rounded if keeper.limit is None else min(rounded, keeper.limit + SLACK)
+
+
+def row_bytes(keeper: Keeper, head_dim: int, value_dim: int, element_size: int) -> int:
+    """Bytes of one stored row."""
+    extra = 4 * keeper.merges + 4 * keeper.observes
+    return (head_dim + value_dim) * element_size + extra
+
+
+@dataclass
+class _Group:
+    """Kv heads that share a keeper.
+
+    Attributes:
+        bias: None as long as all rows are exact keys of no padding.
+        attention: None unless the keeper observes; averages over the queries that saw a row.
+        length: rows in use.
+        settled: rows that the last condensing left.
+        observed: queries whose attention was looked at.
+    """
+
+    keeper: Keeper
+    kv_heads: tuple[int, ...]
+    scale: float
+    fitted: Fitted
+    key: Tensor = field(init=False)
+    value: Tensor = field(init=False)
+    bias: Tensor | None = None
+    attention: Tensor | None = None
+    length: int = 0
+    settled: int = 0
+    observed: int = 0
+
+    @cached_property
+    def heads(self) -> slice | list[int]:
+        """The kv heads as an index that copies nothing, where possible."""
+        first, last = self.kv_heads[0], self.kv_heads[-1]
+        whole = list(range(first, last + 1)) == list(self.kv_heads)
+        return slice(first, last + 1) if whole else list(self.kv_heads)
+
+    @property
+    def is_due(self) -> bool:
+        limit = self.keeper.limit
+        return limit is not None and self.length >= limit + SLACK
+
+    def append(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
+        """Add rows of the whole layer; `padding` is true where a row is none."""
+        new = key.shape[2]
+        self._reserve(key, value, new, padding is not None or self.keeper.merges)
+        rows = slice(self.length, self.length + new)
+        self.key[:, :, rows] = key[:, self.heads]
+        self.value[:, :, rows] = value[:, self.heads]
+        if self.bias is not None:
+            self.bias[:, :, rows] = 0
+            if padding is not None:
+                self.bias[:, :, rows].masked_fill_(padding[:, None], float("-inf"))
+        if self.attention is not None:
+            self.attention[:, :, rows] = 0
+        self.length += new
+
+    def _reserve(self, key: Tensor, value: Tensor, new: int, biased: bool) -> None:
+        """Make room for `new` rows, in larger tensors where the present ones are full."""
+        batch, heads = key.shape[0], len(self.kv_heads)
+        if self.length == 0:
+            room = max(capacity(self.keeper, new), new)
+            self.key = key.new_empty(batch, heads, room, key.shape[3])
+            self.value = value.new_empty(batch, heads, room, value.shape[3])
+            self.bias = self.attention = None
+            if self.keeper.observes:
+                self.attention = key.new_zeros(batch, heads, room, dtype=torch.float32)
+        elif self.length + new > self.key.shape[2]:
+            self._resize(max(capacity(self.keeper, self.length + new), self.length + new))
+        if biased and self.bias is None:
+            self.bias = torch.zeros(self.key.shape[:3], dtype=torch.float32, device=key.device)
+
+    def _resize(self, room: int) -> None:
+        for name in ("key", "value", "bias", "attention"):
+            old = getattr(self, name)
+            if old is not None:
+                new = old.new_empty(*old.shape[:2], room, *old.shape[3:])
+                new[:, :, : self.length] = old[:, :, : self.length]
+                setattr(self, name, new)
+
+    def observe(self, query: Tensor, group: int) -> None:
+        """Look at what queries pay to the rows.
+
+        Args:
+            query: [batch, heads, n, head_dim] of the whole layer, the last n tokens.
+            group: heads per kv head.
+        """
+        if self.attention is None:
+            return
+        key, length = self.key[:, :, : self.length], self.length
+        query = query.unflatten(1, (-1, group))[:, self.heads]
+        count = query.shape[3]
+        row = torch.arange(length, device=key.device)
+        paid = torch.zeros_like(self.attention[:, :, :length])
+        decay = 0.5 ** (1 / HALF_LIFE)
+        step = max(1, SCORES // (query[..., 0, 0].numel() * length))
+        for first in range(0, count, step):
+            some = torch.arange(first, min(first + step, count), device=key.device)
+            logits = query[:, :, :, some].float() @ key[:, :, None].float().mT * self.scale
+            if self.bias is not None:
+                logits = logits + self.bias[:, :, None, None, :length]
+            logits = logits.masked_fill(row > (length - count + some)[:, None], float("-inf"))
+            weight = decay ** (count - 1 - some).float()
+            seen = logits.softmax(-1).nan_to_num_(0.0)  # a query of padding sees nothing
+            paid += torch.einsum("bhgqr,q->bhr", seen, weight) / seen.shape[2]
+        before, after = (
+            self._queries_that_saw(n, length - c)
+            for n, c in ((self.observed, count), (self.observed + count, 0))
+        )
+        before = torch.nn.functional.pad(before, (0, length - len(before)))
+        known = self.attention[:, :, :length] * before * decay**count
+        self.attention[:, :, :length] = (known + paid) / after
+        self.observed += count
+
+    def _queries_that_saw(self, observed: int, rows: int) -> Tensor:
+        """How many of the observed queries could see each of the last rows, decayed."""
+        age = torch.arange(max(rows, 0), 0, -1, device=self.key.device)
+        decay = 0.5 ** (1 / HALF_LIFE)
+        return (1 - decay ** age.clamp(max=observed).float()) / (1 - decay)
+
+    def condense(self) -> None:
+        """Keep `limit` rows."""
+        assert self.keeper.limit is not None
+        length = self.length
+        rows = (self.key[:, :, :length], self.value[:, :, :length])
+        zero = torch.zeros(rows[0].shape[:3], dtype=torch.float32, device=rows[0].device)
+        bias = zero if self.bias is None else self.bias[:, :, :length]
+        paid = zero if self.attention is None else self.attention[:, :, :length]
+        past = Past(*rows, bias, paid, self.kv_heads, self.scale, self.fitted)
+        kept = self.keeper.condense(past)
+        self.length = self.settled = kept.rows
+        room = self.keeper.limit + SLACK
+        if self.key.shape[2] != room:
+            for name in ("key", "value", "bias", "attention"):
+                old = getattr(self, name)
+                if old is not None:
+                    setattr(self, name, old.new_empty(*old.shape[:2], room, *old.shape[3:]))
+        for name in ("key", "value", "bias", "attention"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor[:, :, : kept.rows] = getattr(kept, name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("key", "value", "bias", "attention"):
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                yield name, tensor
+
+
+class LayerStore:
+    """The past of one layer.
+
+    Args:
+        keepers: one per kv head.
+        scale: factor before the softmax.
+        fitted: calibrated data of the layer.
+    """
+
+    def __init__(
+        self, keepers: tuple[Keeper, ...], *, scale: float, fitted: Fitted | None = None
+    ) -> None:
+        self.keepers = keepers
+        self.scale = scale
+        self.seen = 0
+        """Tokens so far; rows may be fewer."""
+        self.recording = False
+        """Nothing is condensed before the next `crop`, so that it can take tokens back."""
+        heads: dict[Keeper, list[int]] = {}
+        for head, keeper in enumerate(keepers):
+            heads.setdefault(keeper, []).append(head)
+        self._groups = [
+            _Group(keeper, tuple(names), scale, fitted or {}) for keeper, names in heads.items()
+        ]
+        self._queries: list[Tensor] = []
+        self._waiting = 0
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows in use, by kv head."""
+        found = {head: group.length for group in self._groups for head in group.kv_heads}
+        return tuple(found[head] for head in range(len(self.keepers)))
+
+    @property
+    def stored(self) -> list[StoredRows]:
+        """The rows in use."""
+        return [StoredRows(g.kv_heads, g.key, g.value, g.bias, g.length) for g in self._groups]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that this layer holds."""
+        tensors = [t for group in self._groups for _, t in group.tensors()] + self._queries
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def append(self, key: Tensor, value: Tensor, padding: Tensor | None = None) -> None:
+        """Add the keys and values of new tokens.
+
+        Args:
+            key: [batch, kv_heads, tokens, head_dim], after RoPE.
+            value: [batch, kv_heads, tokens, value_dim].
+            padding: bool [batch, tokens], true where a token is none; None for no padding.
+        """
+        for group in self._groups:
+            group.append(key, value, padding)
+        self.seen += key.shape[2]
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Attention of the newest tokens, which have been appended, over all that is stored.
+
+        Args:
+            query: [batch, heads, tokens, head_dim].
+
+        Returns:
+            [batch, heads, tokens, value_dim].
+        """
+        return decode(query, self.stored, scale=self.scale)[0]
+
+    def settle(self, query: Tensor) -> None:
+        """After attention: remember who was attended to, and condense what has become too long.
+
+        Args:
+            query: [batch, heads, tokens, head_dim], of the tokens that were appended last.
+        """
+        if any(group.keeper.observes for group in self._groups):
+            self._queries.append(query[:, :, -OBSERVED:].detach().clone())
+        self._waiting += query.shape[2]
+        if not self.recording:
+            self._condense()
+
+    def _condense(self) -> None:
+        due = [group for group in self._groups if group.is_due]
+        if due or self._waiting >= SLACK:
+            if self._queries:
+                query = torch.cat(self._queries, 2)[:, :, -OBSERVED:]
+                for group in self._groups:
+                    group.observe(query, query.shape[1] // len(self.keepers))
+                self._queries = []
+            self._waiting = 0
+        for group in due:
+            group.condense()
+
+    def crop(self, tokens: int) -> None:
+        """Take the last `tokens` tokens back, and condense what was held back for this.
+
+        Raises:
+            ValueError: some of them are condensed already.
+        """
+        for group in self._groups:
+            known = group.length - group.settled
+            if tokens > known:
+                raise ValueError(
+                    f"cannot take back {tokens} tokens: all but the last {known} are condensed "
+                    "for good; call activate_past_recording() before generating what may be undone"
+                )
+        left = tokens
+        while left and self._queries:
+            last = self._queries.pop()
+            if last.shape[2] > left:
+                self._queries.append(last[:, :, : last.shape[2] - left])
+            left -= min(left, last.shape[2])
+        for group in self._groups:
+            group.length -= tokens
+        self.seen -= tokens
+        self._waiting = max(self._waiting - tokens, 0)
+        self._condense()
+
+    def select(self, index: Tensor) -> None:
+        """Go on with these rows of the batch; one may occur often.
+
+        Args:
+            index: int64 [rows].
+        """
+        for group in self._groups:
+            for name, tensor in group.tensors():
+                setattr(group, name, tensor.index_select(0, index.to(tensor.device)))
+        self._queries = [q.index_select(0, index.to(q.device)) for q in self._queries]

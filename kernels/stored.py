@@ -1,0 +1,64 @@
+"""What a layer stores of its past: for every kv head one list of rows, keys and pseudo-keys alike.
+
+Kv heads that store equally many rows share tensors. A row adds e^{scale q.k + bias} to a query's
+mass and as much of its value to the numerator: an exact key has bias 0, a pseudo-key the logarithm
+of the mass that it stands for, a row of padding -inf. The newest rows stand last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows of some kv heads of one layer.
+
+    Attributes:
+        kv_heads: which kv heads of the layer, in the order of dimension 1.
+        key: [batch, kv_heads, capacity, head_dim]; may be a view with any strides but the last.
+        value: [batch, kv_heads, capacity, value_dim].
+        bias: float32 [batch, kv_heads, capacity] or None for zero.
+        length: rows in use, the first `length`; at least the number of queries.
+    """
+
+    kv_heads: tuple[int, ...]
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    length: int
+
+
+def check(query: Tensor, stored: Sequence[StoredRows]) -> int:
+    """How many query heads share a kv head.
+
+    Args:
+        query: [batch, heads, queries, head_dim].
+        stored: every kv head of the layer once.
+
+    Raises:
+        ValueError: heads, dtypes or lengths do not fit together.
+    """
+    batch, heads, queries, head_dim = query.shape
+    named = sorted(h for rows in stored for h in rows.kv_heads)
+    if named != list(range(len(named))) or not named or heads % len(named):
+        raise ValueError(f"kv heads {named} do not serve {heads} query heads")
+    for rows in stored:
+        shape = (batch, len(rows.kv_heads), rows.key.shape[2])
+        if rows.key.shape != (*shape, head_dim) or rows.value.shape[:3] != shape:
+            raise ValueError(
+                f"key {list(rows.key.shape)} and value {list(rows.value.shape)} do not fit query "
+                f"{list(query.shape)} and kv heads {rows.kv_heads}"
+            )
+        if rows.key.dtype != query.dtype or rows.value.dtype != query.dtype:
+            raise ValueError(f"query is {query.dtype}, the stored rows are {rows.key.dtype}")
+        if rows.bias is not None and rows.bias.shape != shape:
+            raise ValueError(f"bias is {list(rows.bias.shape)}, expected {list(shape)}")
+        if not queries <= rows.length <= shape[2]:
+            raise ValueError(
+                f"{rows.length} rows are in use of {shape[2]}, with {queries} of them new"
+            )
+    return heads // len(named)

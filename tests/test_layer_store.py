@@ -1,0 +1,267 @@
+"""What a layer stores: exact where it keeps, closed under condensing, the same in any steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnplan.kernels import keepers
+from attnplan.kernels.engines import decode_reference
+from attnplan.kernels.keep.clusters import Clusters
+from attnplan.kernels.keep.full import Full
+from attnplan.kernels.keep.observed import Observed
+from attnplan.kernels.keep.recent import Recent
+from attnplan.kernels.keeper import SLACK, BoundedKeeper, Keeper
+from attnplan.kernels.layer_store import LayerStore, capacity, row_bytes
+
+BATCH, GROUP, DIM = 2, 3, 16
+SMALL: list[Keeper] = [
+    Full(),
+    Recent(window=40),
+    Observed(window=32, keys=24),
+    Clusters(window=32, keys=16, clusters=12),
+]
+
+
+def tokens(count: int, kv_heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (kv_heads * GROUP, kv_heads, kv_heads)
+    query, key, value = (torch.randn(BATCH, h, count, DIM, generator=generator) for h in sizes)
+    return query, key, value
+
+
+def fitted(kv_heads: int) -> dict[str, Tensor]:
+    return {
+        "clusters.query_mean": torch.full((kv_heads, DIM), 0.1),
+        "clusters.metric": torch.eye(DIM).expand(kv_heads, -1, -1),
+    }
+
+
+def feed(
+    store: LayerStore,
+    text: tuple[Tensor, Tensor, Tensor],
+    steps: list[int],
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Everything that attention gave, [batch, heads, tokens, dim]."""
+    found, first = [], 0
+    for step in steps:
+        query, key, value = (t[:, :, first : first + step] for t in text)
+        hidden = None if padding is None else padding[:, first : first + step]
+        store.append(key, value, hidden)
+        found.append(store.attend(query))
+        store.settle(query)
+        first += step
+    return torch.cat(found, 2)
+
+
+def store_of(*kept: Keeper) -> LayerStore:
+    return LayerStore(kept, scale=DIM**-0.5, fitted=fitted(len(kept)))
+
+
+def dense(text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    query, key, value = (t.double() for t in text)
+    key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize("steps", [[300], [1] * 150, [64, 1, 1, 100, 3]])
+def test_a_full_store_is_dense_attention(steps: list[int]) -> None:
+    """At once, token by token, in chunks."""
+    text = tokens(sum(steps), 2)
+    found = feed(store_of(Full(), Full()), text, steps)
+    torch.testing.assert_close(found.double(), dense(text), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keeper", SMALL[1:])
+def test_a_past_below_the_limit_is_kept_whole(keeper: BoundedKeeper) -> None:
+    """Nothing is condensed before there is more than the limit and its slack."""
+    count = keeper.limit + SLACK - 1
+    text = tokens(count, 1)
+    store = store_of(keeper)
+    found = feed(store, text, [7] + [1] * (count - 7))
+    torch.testing.assert_close(found.double(), dense(text), rtol=0, atol=1e-5)
+    assert store.rows == (count,)
+
+
+def test_recent_is_attention_under_its_mask() -> None:
+    """Sinks, the last window, and what accumulated since the last condensing."""
+    keeper, count = Recent(window=40, sinks=3), 200
+    text = tokens(count, 1)
+    store, mask = store_of(keeper), torch.zeros(count, count, dtype=torch.bool)
+    kept: list[int] = []
+    found = []
+    for i in range(count):
+        kept.append(i)
+        mask[i, kept] = True
+        found.append(feed(store, tuple(t[:, :, i : i + 1] for t in text), [1]))  # type: ignore[arg-type]
+        if len(kept) == keeper.limit + SLACK:
+            kept = [*range(3), *range(i + 1 - 40, i + 1)]
+        assert store.rows == (len(kept),)
+    query, key, value = (t.double() for t in text)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1), attn_mask=mask
+    )
+    torch.testing.assert_close(torch.cat(found, 2).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_observed_keeps_what_is_attended_to() -> None:
+    """Keys that all queries point at survive; their equals that none points at do not."""
+    query, key, value = tokens(400, 1)
+    wanted = [50, 90, 170, 300]
+    query = query * 0.1 + 4 * torch.nn.functional.one_hot(torch.tensor(0), DIM)
+    key[..., 0] = 0
+    key[:, :, wanted, 0] = 8.0
+    store = store_of(Observed(window=32, keys=4 + 4, pool=1))
+    feed(store, (query, key, value), [400])
+    kept = store.stored[0].key[:, :, : store.rows[0]]
+    for position in wanted:
+        assert (kept == key[:, :, position : position + 1]).all(-1).any(2).all()
+    assert store.rows == (4 + 8 + 32,)
+
+
+def test_clusters_are_exact_where_keys_coincide() -> None:
+    """Copies of a few keys are represented without loss by as many clusters."""
+    query, key, value = tokens(300, 1)
+    few, one = tokens(6, 1, seed=1)[1:]
+    place = torch.arange(300) % 6
+    key, value = few[:, :, place], one[:, :, place]
+    text = (query, key, value)
+    store = store_of(Clusters(window=32, keys=8, clusters=64, sinks=1))
+    feed(store, text, [300])
+    more = tokens(1, 1, seed=2)
+    store.append(*more[1:])
+    whole = (more[0], torch.cat([key, more[1]], 2), torch.cat([value, more[2]], 2))
+    expected = dense((torch.cat([query, whole[0]], 2), whole[1], whole[2]))[:, :, -1:]
+    torch.testing.assert_close(store.attend(more[0]).double(), expected, rtol=0, atol=1e-4)
+    mass = [r.bias[:, :, : r.length].exp().sum(-1) for r in store.stored if r.bias is not None]
+    assert torch.isfinite(mass[0]).all()
+
+
+@pytest.mark.parametrize("keeper", SMALL)
+def test_chunks_of_the_slack_equal_single_steps(keeper: Keeper) -> None:
+    """After a prefill, 32 tokens at once are 32 single tokens."""
+    text = tokens(256 + 3 * SLACK, 2)
+    one, many = store_of(keeper, Full()), store_of(keeper, Full())
+    by_one = feed(one, text, [256] + [1] * (3 * SLACK))
+    by_chunk = feed(many, text, [256] + [SLACK] * 3)
+    torch.testing.assert_close(by_one, by_chunk, rtol=0, atol=2e-5)
+    assert one.rows == many.rows
+    assert one.seen == many.seen == 256 + 3 * SLACK
+
+
+@pytest.mark.parametrize("keeper", SMALL)
+def test_batch_mates_and_left_padding_change_nothing(keeper: Keeper) -> None:
+    """A padded text gives what it gives alone, at every step."""
+    count, start = 220, 30
+    text = tokens(count, 1)
+    padding = torch.zeros(BATCH, count, dtype=torch.bool)
+    padding[1, :start] = True
+    for tensor in text[1:]:
+        tensor[1, :, :start] = 1e4  # must not matter
+    steps = [160] + [1] * 60
+    found = feed(store_of(keeper), text, steps, padding)[1:, :, start:]
+    alone = tuple(t[1:, :, start:] for t in text)
+    expected = feed(store_of(keeper), alone, [160 - start] + [1] * 60)  # type: ignore[arg-type]
+    before = 160 - start if isinstance(keeper, Full) else min(160 - start, 60)
+    torch.testing.assert_close(found[:, :, :before], expected[:, :, :before], rtol=0, atol=1e-4)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("keeper", SMALL)
+def test_bytes_are_what_was_promised(keeper: Keeper) -> None:
+    """Counted from storages; whatever is observed on the way is small and counted too."""
+    store = store_of(keeper, keeper)
+    text = tokens(512, 2)
+    feed(store, text, [512])
+    each = row_bytes(keeper, DIM, DIM, 4)
+    assert store.nbytes == BATCH * 2 * capacity(keeper, 512) * each
+    feed(store, tokens(10, 2), [1] * 10)
+    waiting = BATCH * 2 * GROUP * 10 * DIM * 4 if keeper.observes else 0
+    assert store.nbytes == BATCH * 2 * capacity(keeper, 522) * each + waiting
+
+
+@pytest.mark.parametrize("keeper", SMALL)
+def test_tokens_can_be_taken_back_while_recording(keeper: Keeper) -> None:
+    """A wrong guess of several tokens leaves no trace."""
+    text, guess = tokens(300, 1), tokens(9, 1, seed=5)
+    plain, recording = store_of(keeper), store_of(keeper)
+    feed(plain, text, [256] + [1] * 44)
+    recording.recording = True
+    feed(recording, text, [256])
+    recording.crop(0)
+    rest = tuple(t[:, :, 256:] for t in text)
+    for i in range(44):
+        one = tuple(t[:, :, i : i + 1] for t in rest)
+        steps = tuple(torch.cat(pair, 2) for pair in zip(one, guess, strict=True))
+        feed(recording, steps, [10])  # type: ignore[arg-type]
+        recording.crop(9)
+    assert recording.rows == plain.rows
+    query = tokens(1, 1, seed=6)
+    for store in (plain, recording):
+        store.append(*query[1:])
+    expected = plain.attend(query[0])
+    torch.testing.assert_close(recording.attend(query[0]), expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_condensed_cannot_be_taken_back() -> None:
+    """Without recording the error says what to do."""
+    store = store_of(Recent(window=40))
+    feed(store, tokens(300, 1), [300])
+    feed(store, tokens(5, 1), [5])
+    store.crop(5)
+    with pytest.raises(ValueError, match="all but the last 0 are condensed"):
+        store.crop(1)
+
+
+@pytest.mark.parametrize("keeper", SMALL)
+def test_rows_of_the_batch_can_be_chosen(keeper: Keeper) -> None:
+    """As beam search does: a row may go on twice."""
+    text = tokens(200, 1)
+    store = store_of(keeper)
+    feed(store, text, [190] + [1] * 10)
+    before = store.attend(text[0][:, :, -1:])
+    store.select(torch.tensor([1, 1, 0]))
+    after = store.attend(text[0][[1, 1, 0], :, -1:])
+    torch.testing.assert_close(after, before[[1, 1, 0]])
+
+
+@pytest.mark.parametrize("keeper", [k for c in (128, 1024, 8192) for k in keepers.choices(c)])
+def test_keepers_are_spelled_and_read_back(keeper: Keeper) -> None:
+    """All choices of the catalog, at several contexts."""
+    assert keepers.from_dict(keepers.to_dict(keeper)) == keeper
+    assert keeper.limit is None or keeper.limit >= keeper.recent
+    assert math.prod(capacity(keeper, n) for n in (1, 8192)) > 0
+
+
+def test_bad_spellings_are_refused() -> None:
+    """Unknown names, unknown knobs, values that make no sense."""
+    with pytest.raises(ValueError, match="unknown keeper 'fifo'; known: full, recent"):
+        keepers.from_dict({"keep": {"name": "fifo"}})
+    with pytest.raises(ValueError, match="recent has no knob 'top'"):
+        keepers.from_dict({"keep": {"name": "recent", "window": 64, "top": 3}})
+    with pytest.raises(ValueError, match="window must be at least 32 keys, got 8"):
+        keepers.from_dict({"keep": {"name": "recent", "window": 8}})
+    with pytest.raises(ValueError, match="pool must be odd, got 4"):
+        Observed(window=64, pool=4)
+    with pytest.raises(ValueError, match="clusters must be at least 1"):
+        Clusters(window=64, clusters=0)
+
+
+def test_engines_see_every_kv_head_once() -> None:
+    """Mixed keepers in one layer, in any order, against the reference."""
+    text = tokens(300, 4)
+    store = store_of(SMALL[1], SMALL[0], SMALL[3], SMALL[1])
+    feed(store, text, [280] + [1] * 19)
+    query, key, value = (t[:, :, -1:] for t in text)
+    store.append(key, value)
+    wide = [
+        type(r)(r.kv_heads, r.key.double(), r.value.double(), r.bias, r.length)
+        for r in store.stored
+    ]
+    expected, _ = decode_reference.decode(query.double(), wide, scale=store.scale)
+    torch.testing.assert_close(store.attend(query).double(), expected, rtol=0, atol=1e-5)
