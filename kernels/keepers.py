@@ -39,10 +39,11 @@ def fit(moments: Moments) -> dict[str, Tensor]:
 
 
 @cache
-def fitted_names(head_dim: int, keeper: type[Keeper]) -> frozenset[str]:
-    """What one keeper fits: found by fitting one head of white noise."""
+def fitted_names(head_dim: int, keeper: type[Keeper] | None = None) -> frozenset[str]:
+    """What one keeper, or all together, fit: found by fitting one head of white noise."""
     mean, gram = torch.zeros(1, head_dim), torch.eye(head_dim)[None]
-    return frozenset(keeper.fit(Moments(mean, gram, mean, gram)))
+    noise = Moments(mean, gram, mean, gram)
+    return frozenset(fit(noise) if keeper is None else keeper.fit(noise))
 
 
 def to_dict(keeper: Keeper) -> dict[str, Any]:

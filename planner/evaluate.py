@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnplan.cache import stored_bytes
 from attnplan.kernels.benchmark import Timing, interleaved, median_ms
 from attnplan.profiles.capture import logits_of
 from attnplan.search.evaluation import finite_kl
@@ -203,12 +204,7 @@ def kv_bytes(model: Any, applied: Applied, tokens: Tensor) -> int:
     with applied():
         output = _prefill(model, tokens[None].to(device))
     cache = output["cache" if "cache" in output else "past_key_values"]  # renamed in 5.24
-    stored: dict[int, int] = {}
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            storage = tensor.untyped_storage()
-            stored[storage.data_ptr()] = storage.nbytes()
-    return sum(stored.values())
+    return stored_bytes(cache)
 
 
 @torch.no_grad()

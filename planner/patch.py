@@ -24,7 +24,9 @@ import torch
 from transformers import PreTrainedModel
 
 from attnplan.attention_sites import attention_sites, implementations, set_implementation
+from attnplan.cache import convert
 from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.keeper import Keeper
 from attnplan.models import identity, load_weights
 from attnplan.plan import Assignment, Fitted, Plan, PlanError
 from attnplan.runtime import ATTRIBUTE, NAME, LayerState, ModelState, check_sliding
@@ -98,7 +100,7 @@ def patch(
     here = (model.device.type, str(model.dtype).removeprefix("torch."))
     elsewhere = here != (plan.target.kind, plan.target.dtype) and not force
     sections = [(section.context, section.layers) for section in plan.prefill]
-    _apply(model, sections, plan.fitted, elsewhere)
+    _apply(model, sections, plan.fitted, elsewhere, plan.keepers)
     if elsewhere:
         warnings.warn(
             f"attnplan: the plan was measured on {plan.target.kind} in {plan.target.dtype}, this "
@@ -114,6 +116,7 @@ def patch_assignment(
     fitted: Fitted | None = None,
     *,
     context: tuple[int, int | None] = (1, None),
+    keepers: Sequence[Sequence[Keeper]] = (),
 ) -> PreTrainedModel:
     """Run an assignment without a plan, as search and evaluation do.
 
@@ -122,12 +125,14 @@ def patch_assignment(
         layers: for each layer, for each head, its approximation.
         fitted: layer to what its methods were fitted with.
         context: first and last length of a prefill that runs it; None for no upper limit.
+        keepers: for each layer, what each kv head keeps while decoding; empty to keep everything.
 
     Raises:
         PlanError: the assignment does not fit the model.
     """
     assignment = tuple(tuple(row) for row in layers)
-    _apply(model, [(context, assignment)], fitted or {}, False)
+    kept = tuple(tuple(row) for row in keepers)
+    _apply(model, [(context, assignment)], fitted or {}, False, kept)
     return model
 
 
@@ -139,6 +144,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
             config._attn_implementation_internal = previous
         for module in model.modules():
             module.__dict__.pop(ATTRIBUTE, None)
+        _unhook(model)
     return model
 
 
@@ -192,6 +198,7 @@ def _apply(
     sections: Sequence[tuple[tuple[int, int | None], Assignment]],
     fitted: Fitted,
     elsewhere: bool,
+    keepers: tuple[tuple[Keeper, ...], ...] = (),
 ) -> None:
     """Check, then change, then prove by a forward pass that the change took."""
     sites = attention_sites(model)
@@ -205,7 +212,8 @@ def _apply(
                 )
     before = _state(model)
     previous = implementations(model) if before is None else before.previous
-    state = ModelState.of(sections, fitted, previous, len(sites), elsewhere)
+    _check_keepers(model, keepers)
+    state = ModelState.of(sections, fitted, previous, len(sites), elsewhere, keepers)
     windows = {layer: site.sliding_window for layer, site in enumerate(sites)}
     check_sliding(state.contexts, state.kernels, windows)
     if before is not None:
@@ -221,8 +229,81 @@ def _apply(
 
 
 def _attach(model: PreTrainedModel, state: ModelState) -> None:
-    for layer, site in enumerate(attention_sites(model)):
+    sites = attention_sites(model)
+    for layer, site in enumerate(sites):
         setattr(model.get_submodule(site.name), ATTRIBUTE, LayerState(state, layer))
+    _unhook(model)
+    if state.keepers:
+        modules = [model.get_submodule(site.name) for site in sites]
+        layers = {
+            int(module.layer_idx): (row, state.fitted.get(layer, {}))
+            for layer, (module, row) in enumerate(zip(modules, state.keepers, strict=True))
+            if sites[layer].sliding_window is None
+        }
+        _hook(model, modules[0], layers)
+
+
+_HOOKS = "_attnplan_hooks"
+_CACHES = ("cache", "past_key_values", "past_key_value")  # renamed in transformers 5.24
+
+
+def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any]) -> None:
+    """Let every cache that the model is about to fill follow the plan.
+
+    Forward passes make their cache on the way to the first layer; generation makes it before, and
+    tells it whether tokens will be taken back.
+    """
+
+    def before_attention(module: Any, args: Any, options: dict[str, Any]) -> None:
+        for name in _CACHES:
+            if options.get(name) is not None:
+                convert(options[name], layers)
+
+    prepare = model._prepare_cache_for_generation
+
+    def prepared(config: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = prepare(config, options, *args, **kwargs)
+        for name in _CACHES:
+            convert(options.get(name), layers)
+        if getattr(config, "is_assistant", False):
+            for name in _CACHES:
+                if options.get(name) is not None:
+                    options[name].activate_past_recording()
+        return found
+
+    handle = first.register_forward_pre_hook(before_attention, with_kwargs=True)
+    model.__dict__["_prepare_cache_for_generation"] = prepared
+    model.__dict__[_HOOKS] = handle
+
+
+def _unhook(model: PreTrainedModel) -> None:
+    handle = model.__dict__.pop(_HOOKS, None)
+    if handle is not None:
+        handle.remove()
+        model.__dict__.pop("_prepare_cache_for_generation", None)
+
+
+def _check_keepers(model: PreTrainedModel, keepers: tuple[tuple[Keeper, ...], ...]) -> None:
+    """Raises PlanError unless there is a keeper for every kv head of every layer."""
+    sites = attention_sites(model)
+    if not keepers:
+        return
+    if not getattr(model.config.get_text_config(), "use_cache", True):
+        raise PlanError(f"{type(model).__name__} keeps no cache (use_cache is off); plan no decode")
+    if len(keepers) != len(sites):
+        raise PlanError(f"decode has {len(keepers)} layers, the model has {len(sites)}")
+    for layer, (row, site) in enumerate(zip(keepers, sites, strict=True)):
+        if len(row) != site.kv_heads:
+            raise PlanError(
+                f"layer {layer}: decode has {len(row)} kv heads, the model has {site.kv_heads}"
+            )
+        if site.sliding_window is not None and any(keeper.limit is not None for keeper in row):
+            raise PlanError(
+                f"layer {layer} has a sliding window of {site.sliding_window} keys in the model "
+                "itself; a plan must keep it full"
+            )
+        if not isinstance(getattr(model.get_submodule(site.name), "layer_idx", None), int):
+            raise PlanError(f"{site.name} does not say which layer of a cache is its own")
 
 
 def _dry_run(model: PreTrainedModel, state: ModelState) -> None:

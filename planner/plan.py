@@ -9,18 +9,24 @@ one .safetensors file beside it:
     methods:
       dense: {near: {name: dense}}
       window: {near: {name: window, window: 128, sinks: 4}}
+      recent: {keep: {name: recent, window: 256, sinks: 4}}
     phases:
       prefill:
         - context: [1024, 2048]
           layers:
             0: {window: 0-4, dense: 5-8}
             1-29: dense
-      decode: dense
+      decode:
+        - context: [1, 2048]
+          layers:
+            0-28: {full: 0, recent: 1-2}
+            29: full
     data: {file: plan.safetensors, digest: "sha256:..."}
     evidence: {...}
 
-Outside the listed contexts, and while decoding, every head is dense. The low end of a context is
-the measured length from which the plan is faster than dense.
+Outside the listed contexts every head is dense in prefill. The low end of a context is the measured
+length from which the plan is faster than dense. Decoding lists what each kv head keeps of its past,
+whatever the length; `decode: dense` keeps everything.
 """
 
 from __future__ import annotations
@@ -36,11 +42,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from attnplan.kernels import catalog
+from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.keeper import Keeper
 from attnplan.plan_yaml import PlanError, plain
 
-__all__ = ["ModelIdentity", "Plan", "PlanError", "Section", "Target"]
+__all__ = ["DecodeSection", "ModelIdentity", "Plan", "PlanError", "Section", "Target"]
 
 Fitted = Mapping[int, Mapping[str, Tensor]]
 """Layer to what its methods were fitted with: 'method.tensor' to a tensor."""
@@ -140,6 +147,26 @@ class Section:
 
 
 @dataclass(frozen=True)
+class DecodeSection:
+    """What is kept of the past while decoding.
+
+    Attributes:
+        context: first and last length that it was made for.
+        layers: for each layer, for each kv head, its keeper.
+    """
+
+    context: tuple[int, int]
+    layers: tuple[tuple[Keeper, ...], ...]
+
+    def __post_init__(self) -> None:
+        low, high = self.context
+        if not 1 <= low <= high:
+            raise PlanError(
+                f"context must be [low, high] with 1 <= low <= high, got [{low}, {high}]"
+            )
+
+
+@dataclass(frozen=True)
 class Plan:
     """An approximation for every head, per phase and context range, with its evidence.
 
@@ -151,6 +178,7 @@ class Plan:
         evidence: calibration, predictions, measurements, baselines: plain nested values.
         fitted: what methods were fitted with, per layer.
         digest: of the fitted data; None when there is none.
+        decode: what is kept while decoding: one section, or empty to keep everything.
     """
 
     model: ModelIdentity
@@ -160,6 +188,7 @@ class Plan:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     fitted: Fitted = field(default_factory=dict, compare=False, repr=False)
     digest: str | None = None
+    decode: tuple[DecodeSection, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evidence", plain(dict(self.evidence), "evidence"))
@@ -177,6 +206,15 @@ class Plan:
             check_assignment(section.layers, self.model)
             for approximation in {a for row in section.layers for a in row} - known:
                 raise PlanError(f"{catalog.key(approximation)} has no name among the methods")
+        if len(self.decode) > 1:
+            raise PlanError(f"decode takes one section, got {len(self.decode)}")
+        for kept in self.decode:
+            check_keepers(kept.layers, self.model)
+
+    @property
+    def keepers(self) -> tuple[tuple[Keeper, ...], ...]:
+        """For each layer, what each kv head keeps while decoding; empty to keep everything."""
+        return self.decode[0].layers if self.decode else ()
 
     @classmethod
     def from_assignment(
@@ -274,6 +312,15 @@ class Plan:
                             "needs fitted data "
                             f"{sorted(missing)[0]!r}, which the plan does not have"
                         )
+        for layer, kept in enumerate(self.keepers):
+            for keeper in dict.fromkeys(kept):
+                wanted = keepers.fitted_names(self.model.head_dim, type(keeper))
+                absent = wanted - set(self.fitted.get(layer, {}))
+                if absent:
+                    raise PlanError(
+                        f"phases.decode[0].layers.{layer}: {keepers.key(keeper)} needs fitted data "
+                        f"{sorted(absent)[0]!r}, which the plan does not have"
+                    )
 
     def summary(self) -> str:
         """One line for people: model, device, contexts and how many heads run what."""
@@ -291,7 +338,11 @@ class Plan:
             low, high = section.context
             parts.append(f"prefill of {low} to {high} tokens: {shown}{more} (heads)")
         if not self.prefill:
-            parts.append("all dense")
+            parts.append("prefill all dense")
+        if self.decode:
+            kept = [keeper for row in self.keepers for keeper in row]
+            full = sum(keeper.limit is None for keeper in kept)
+            parts.append(f"decoding keeps everything in {full} of {len(kept)} kv heads")
         return "; ".join(parts)
 
 
@@ -304,6 +355,27 @@ def check_assignment(layers: Assignment, model: ModelIdentity) -> None:
             raise PlanError(
                 f"layer {layer}: plan has {len(row)} heads, {model.name} has {model.heads}"
             )
+
+
+def check_keepers(layers: tuple[tuple[Keeper, ...], ...], model: ModelIdentity) -> None:
+    """Raises PlanError unless there is a keeper for every kv head of every layer."""
+    if len(layers) != model.layers:
+        raise PlanError(f"decode has {len(layers)} layers, {model.name} has {model.layers}")
+    for layer, row in enumerate(layers):
+        if len(row) != model.kv_heads:
+            raise PlanError(
+                f"decode, layer {layer}: {len(row)} kv heads, {model.name} has {model.kv_heads}"
+            )
+
+
+def keeper_names(plan: Plan) -> dict[str, Keeper]:
+    """Short names that no method of the plan has."""
+    names: dict[str, Keeper] = {}
+    for keeper in dict.fromkeys(keeper for row in plan.keepers for keeper in row):
+        knobs = [str(value) for value in asdict(keeper).values()]  # type: ignore[call-overload]
+        name = "-".join([keeper.name, *knobs])
+        names[f"keep-{name}" if name in plan.methods else name] = keeper
+    return names
 
 
 def method_names(approximations: Iterable[Approximation]) -> dict[str, Approximation]:

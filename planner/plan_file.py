@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from attnplan.kernels import catalog
+from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation
-from attnplan.plan import Assignment, ModelIdentity, Plan, Section, Target, digest_of
+from attnplan.kernels.keeper import Keeper
+from attnplan.plan import (
+    DecodeSection,
+    ModelIdentity,
+    Plan,
+    Section,
+    Target,
+    digest_of,
+    keeper_names,
+)
 from attnplan.plan_yaml import (
     Entry,
     Flow,
@@ -28,6 +37,8 @@ from attnplan.plan_yaml import (
 
 VERSION = 1
 
+_Named = TypeVar("_Named", Approximation, Keeper)
+
 
 def spell(plan: Plan, data_file: str) -> str:
     """The YAML text of a plan whose fitted data is called `data_file`."""
@@ -37,23 +48,31 @@ def spell(plan: Plan, data_file: str) -> str:
     data["target"] = readable(plain(asdict(plan.target), "target"))
     data["methods"] = {n: readable(catalog.to_dict(a)) for n, a in plan.methods.items()}
     data["methods"] = {n: Flow(d) for n, d in data["methods"].items()}
-    names: dict[Approximation, str] = {}
+    kept = keeper_names(plan)
+    data["methods"] |= {n: Flow(readable(keepers.to_dict(k))) for n, k in kept.items()}
+    names: dict[Approximation | Keeper, str] = {k: n for n, k in kept.items()}
     for name, approximation in plan.methods.items():
         names.setdefault(approximation, name)
     sections = [
         {"context": FlowList(s.context), "layers": _spell_layers(s.layers, names)}
         for s in plan.prefill
     ]
-    data["phases"] = {"prefill": sections or "dense", "decode": "dense"}
+    decode = [
+        {"context": FlowList(s.context), "layers": _spell_layers(s.layers, names)}
+        for s in plan.decode
+    ]
+    data["phases"] = {"prefill": sections or "dense", "decode": decode or "dense"}
     if plan.digest is not None:
         data["data"] = Flow(file=data_file, digest=plan.digest)
     data["evidence"] = readable(plan.evidence)
     return f"# attnplan: {plan.summary()}\n" + write(data)
 
 
-def _spell_layers(layers: Assignment, names: Mapping[Approximation, str]) -> dict[int | str, Any]:
+def _spell_layers(
+    layers: Sequence[tuple[_Named, ...]], names: Mapping[Any, str]
+) -> dict[int | str, Any]:
     """Identical layers share a line."""
-    same: dict[tuple[Approximation, ...], list[int]] = {}
+    same: dict[tuple[_Named, ...], list[int]] = {}
     for layer, row in enumerate(layers):
         same.setdefault(row, []).append(layer)
     spelled: dict[int | str, Any] = {}
@@ -83,14 +102,24 @@ def parse(path: Path) -> Plan:
         )
     fields = top.fields(("attnplan", "model", "target", "methods", "phases"), ("data", "evidence"))
     model = _parse_model(fields["model"])
-    methods = {str(name): _parse_method(entry) for name, entry in fields["methods"].items()}
+    named = {str(name): _parse_method(entry) for name, entry in fields["methods"].items()}
+    methods = {n: m for n, m in named.items() if isinstance(m, Approximation)}
+    kept = {n: m for n, m in named.items() if isinstance(m, Keeper)}
     phases = fields["phases"].fields(("prefill",), ("decode",))
-    if "decode" in phases and phases["decode"].value != "dense":
-        raise phases["decode"].error("decoding runs dense attention in this version; write dense")
     sections: list[Section] = []
     if phases["prefill"].value != "dense":
         for entry in phases["prefill"].entries():
             sections.append(_parse_section(entry, methods, model, sections))
+    decode: list[DecodeSection] = []
+    if "decode" in phases and phases["decode"].value != "dense":
+        entries = phases["decode"].entries()
+        if not entries:
+            raise phases["decode"].error("lists nothing; write dense to keep everything")
+        for entry in entries:
+            if decode:
+                raise entry.error("decode takes one section")
+            context, rows = _parse_layers(entry, kept, model, model.kv_heads, "kv head")
+            decode.append(DecodeSection(context, rows))
     evidence = fields.get("evidence")
     if evidence is not None and not isinstance(evidence.value, dict):
         raise evidence.error("must be a mapping")
@@ -103,6 +132,7 @@ def parse(path: Path) -> Plan:
         {} if evidence is None else evidence.plain(),
         fitted,
         digest,
+        tuple(decode),
     )
 
 
@@ -131,9 +161,12 @@ def _parse_target(entry: Entry) -> Target:
     )
 
 
-def _parse_method(entry: Entry) -> Approximation:
+def _parse_method(entry: Entry) -> Approximation | Keeper:
     try:
-        return catalog.from_dict(entry.plain())
+        spelled = entry.plain()
+        if isinstance(spelled, dict) and "keep" in spelled:
+            return keepers.from_dict(spelled)
+        return catalog.from_dict(spelled)
     except ValueError as error:
         raise entry.error(str(error)) from None
 
@@ -144,19 +177,31 @@ def _parse_section(
     model: ModelIdentity,
     before: Sequence[Section],
 ) -> Section:
-    fields = entry.fields(("context", "layers"))
-    context = fields["context"].pair(1)
+    context, rows = _parse_layers(entry, methods, model, model.heads, "head")
     if before and context[0] <= before[-1].context[1]:
-        raise fields["context"].error(
+        raise entry.fields(("context", "layers"))["context"].error(
             f"starts at {context[0]}, but the section before it ends at {before[-1].context[1]}"
         )
+    return Section(context, rows)
+
+
+def _parse_layers(
+    entry: Entry,
+    methods: Mapping[str, _Named],
+    model: ModelIdentity,
+    heads: int,
+    word: str,
+) -> tuple[tuple[int, int], tuple[tuple[_Named, ...], ...]]:
+    """The context of a section, and what each head of each layer has."""
+    fields = entry.fields(("context", "layers"))
+    context = fields["context"].pair(1)
     if model.max_context is not None and context[1] > model.max_context:
         raise fields["context"].error(
             f"{context[1]} tokens is longer than the model's context of {model.max_context}"
         )
-    rows: dict[int, tuple[Approximation, ...]] = {}
+    rows: dict[int, tuple[_Named, ...]] = {}
     for key, value in fields["layers"].items():
-        row = _parse_row(value, methods, model.heads)
+        row = _parse_row(value, methods, heads, word)
         for layer in _parse_ranges(value, key, model.layers, "layer"):
             if layer in rows:
                 raise value.error(f"layer {layer} is listed twice")
@@ -164,28 +209,28 @@ def _parse_section(
     for layer in range(model.layers):
         if layer not in rows:
             raise fields["layers"].error(f"layer {layer} is missing")
-    return Section(context, tuple(rows[layer] for layer in range(model.layers)))
+    return context, tuple(rows[layer] for layer in range(model.layers))
 
 
 def _parse_row(
-    entry: Entry, methods: Mapping[str, Approximation], heads: int
-) -> tuple[Approximation, ...]:
+    entry: Entry, methods: Mapping[str, _Named], heads: int, word: str
+) -> tuple[_Named, ...]:
     if isinstance(entry.value, str):
         return (_named(entry, entry.value, methods),) * heads
-    row: dict[int, Approximation] = {}
+    row: dict[int, _Named] = {}
     for name, value in entry.items():
-        approximation = _named(entry, name, methods)
-        for head in _parse_ranges(entry, value.plain(), heads, "head"):
+        method = _named(entry, name, methods)
+        for head in _parse_ranges(entry, value.plain(), heads, word):
             if head in row:
-                raise entry.error(f"head {head} is listed twice")
-            row[head] = approximation
+                raise entry.error(f"{word} {head} is listed twice")
+            row[head] = method
     for head in range(heads):
         if head not in row:
-            raise entry.error(f"head {head} is missing")
+            raise entry.error(f"{word} {head} is missing")
     return tuple(row[head] for head in range(heads))
 
 
-def _named(entry: Entry, name: Any, methods: Mapping[str, Approximation]) -> Approximation:
+def _named(entry: Entry, name: Any, methods: Mapping[str, _Named]) -> _Named:
     if name not in methods:
         raise entry.error(f"unknown method {name!r}; known here: {', '.join(methods)}")
     return methods[name]

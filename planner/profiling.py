@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnplan.kernels import catalog
+from attnplan.kernels import catalog, keepers
 from attnplan.models import LoadedModel, check_context
 from attnplan.profiles import records
 from attnplan.profiles.calibration import TokenSet
@@ -133,7 +133,9 @@ def profile(
     run = store.open_run(run_key(loaded, work))
     if run.complete:
         known = store.load_fitted(run.id)
-        wanted = catalog.fitted_names(loaded.identity.head_dim)
+        wanted = catalog.fitted_names(loaded.identity.head_dim) | keepers.fitted_names(
+            loaded.identity.head_dim
+        )
         if any(wanted - known.get(layer, {}).keys() for layer in range(loaded.identity.layers)):
             # a method is newer than the profile: what it fits comes from the stored statistics
             store.save_fitted(run.id, _fitted(_merged(store, run.id)))
@@ -153,11 +155,13 @@ def profile(
 
 
 def _fitted(layers: list[LayerStatistics]) -> dict[int, dict[str, np.ndarray]]:
-    """What the methods of the catalog fit, layer to name to array."""
-    return {
-        layer.layer: {name: tensor.numpy() for name, tensor in catalog.fit(moments(layer)).items()}
-        for layer in layers
-    }
+    """What methods and keepers fit, layer to name to array."""
+    fitted = {}
+    for layer in layers:
+        seen = moments(layer)
+        tensors = catalog.fit(seen) | keepers.fit(seen)
+        fitted[layer.layer] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return fitted
 
 
 def captured_text(loaded: LoadedModel, work: Workload, index: int) -> SequenceCapture:

@@ -26,6 +26,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from attnplan.cache import LAYER, PlanLayer
+from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer import LayerKernel
 from attnplan.plan import Assignment, Fitted, Plan, PlanError
 
@@ -35,13 +37,14 @@ ATTRIBUTE = "_attnplan"
 PLANNED = "plan"
 DENSE_LAYER = "dense layer"
 CONTINUED = "continues a cache"
+KEPT = "decodes what the plan keeps"
 SHORT = "shorter than the plan"
 LONG = "longer than the plan"
 BETWEEN = "between the plan's contexts"
 PADDING = "padding that is not on the left"
 MASK = "mask that is more than causal and padding"
 ELSEWHERE = "measured on another device or in another dtype"
-REASONS = (PLANNED, DENSE_LAYER, CONTINUED, SHORT, LONG, BETWEEN, PADDING, MASK, ELSEWHERE)
+REASONS = (PLANNED, DENSE_LAYER, CONTINUED, KEPT, SHORT, LONG, BETWEEN, PADDING, MASK, ELSEWHERE)
 
 
 @dataclass
@@ -52,6 +55,8 @@ class ModelState:
         contexts: first and last length of each section, ascending; None for no upper limit.
         kernels: for each section, the kernel of each layer.
         previous: the attention implementation of every configuration before patching.
+        keepers: for each layer, what each kv head keeps while decoding; empty to keep everything.
+        fitted: layer to what its methods were fitted with.
         elsewhere: the model is not where the plan was measured, and runs dense.
         counts: for each layer, how many calls ran the plan, or dense for which reason.
         warned: reasons that were already told.
@@ -60,6 +65,8 @@ class ModelState:
     contexts: tuple[tuple[int, int | None], ...]
     kernels: tuple[tuple[LayerKernel, ...], ...]
     previous: list[tuple[Any, str | None]]
+    keepers: tuple[tuple[Keeper, ...], ...] = ()
+    fitted: Fitted = field(default_factory=dict)
     elsewhere: bool = False
     counts: list[Counter[str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
@@ -72,6 +79,7 @@ class ModelState:
         previous: list[tuple[Any, str | None]],
         layers: int,
         elsewhere: bool = False,
+        keepers: tuple[tuple[Keeper, ...], ...] = (),
     ) -> ModelState:
         """The state for some contexts with their assignments."""
         kernels = tuple(
@@ -79,7 +87,9 @@ class ModelState:
             for _, assignment in sections
         )
         counts = [Counter[str]() for _ in range(layers)]
-        return cls(tuple(c for c, _ in sections), kernels, previous, elsewhere, counts)
+        contexts = tuple(c for c, _ in sections)
+        kept = () if elsewhere else keepers
+        return cls(contexts, kernels, previous, kept, fitted, elsewhere, counts)
 
     def kernel(self, layer: int, length: int) -> tuple[LayerKernel | None, str]:
         """The kernel for a fresh prefill of `length` tokens, and the reason when there is none."""
@@ -147,6 +157,13 @@ def attention(
         # A fresh prefill into a static cache, whose keys after the queries are empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     kernel = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: PlanLayer | None = getattr(key, LAYER, None)
+    if layer is not None and not layer.is_fresh:
+        if state is not None:
+            state.model.counts[state.layer][KEPT] += 1
+        output = layer.attend(query, scale, _new_padding(attention_mask, query.shape[2]))
+        return output.transpose(1, 2).contiguous(), None
     if state is not None:
         if options.get("output_attentions"):
             raise ValueError(
@@ -154,20 +171,25 @@ def attention(
                 "use attnplan.unpatch(model) and the eager implementation"
             )
         kernel, start = _choose(state, query, key, attention_mask)
+    padding = None if layer is None else _new_padding(attention_mask, query.shape[2])
     if kernel is None:
         if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = _square(attention_mask)
-        output: tuple[Tensor, None] = sdpa_attention_forward(
+            attention_mask = _square(attention_mask, query.shape[2])
+        dense: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
-        return output
+        if layer is not None:
+            layer.settle(query, scale, padding)
+        return dense
     if dropout > 0 or (torch.is_grad_enabled() and query.requires_grad):
         raise ValueError(
             "planned attention is for inference: use model.eval() and torch.no_grad(), or "
             "attnplan.unpatch(model) before training"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernel(query, key, value, scale=scale, start=start).transpose(1, 2).contiguous(), None
+    output = kernel(query, key, value, scale=scale, start=start)
+    if layer is not None:
+        layer.settle(query, scale, padding)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _choose(
@@ -210,18 +232,23 @@ def mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> Tensor | None:
-    """The mask of a forward pass: 2-D [batch, keys] for a padded prefill, else what SDPA gets.
+    """The mask of a forward pass: 2-D [batch, keys] where there is padding, else what SDPA gets.
 
     None means causal without padding. A sliding window that is no shorter than the text counts as
-    causal. The 2-D mask is expanded only where a layer runs dense.
+    causal. The 2-D mask is expanded only where a layer runs dense; several tokens that continue a
+    text have one without padding too, because SDPA would take None for a fresh text.
     """
     plain = mask_function is causal_mask_function or (
         local_size is not None and kv_length <= local_size
     )
-    fresh = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
-    if plain and fresh and allow_is_causal_skip:
+    dynamic = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if plain and dynamic and allow_is_causal_skip:
+        fresh = q_offset == 0
         if attention_mask is None or bool(attention_mask.all()):
-            return None
+            if fresh or q_length == 1:
+                return None
+            device = options.get("device")
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         if attention_mask.shape[1] == kv_length:
             # A new object: results are kept on it, and the user's own tensor may change later.
             return attention_mask.view(attention_mask.shape)
@@ -253,16 +280,35 @@ def _left_padding(padding: Tensor) -> tuple[int, ...] | None:
     return found
 
 
-def _square(padding: Tensor) -> Tensor:
-    """The 4-D mask that SDPA would have got for a padded prefill; made once per forward pass."""
+def _new_padding(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which of the newest tokens are padding, bool [batch, tokens]; None where none is.
+
+    Raises:
+        ValueError: a mask that is more than causal and padding, which what is kept cannot follow.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise ValueError(
+            "this plan stores less than the whole KV cache and needs a causal mask with padding at "
+            f"most, got one of shape {list(mask.shape)}; use attnplan.unpatch(model)"
+        )
+    padding = ~mask[:, mask.shape[1] - tokens :].bool()
+    return padding if bool(padding.any()) else None
+
+
+def _square(padding: Tensor, queries: int) -> Tensor:
+    """The 4-D mask that SDPA would have got for the last tokens; made once per forward pass."""
     known: dict[str, Any] = padding.__dict__
     if "square" not in known:
         batch, keys = padding.shape
         known["square"] = sdpa_mask(
             batch_size=batch,
-            q_length=keys,
+            q_length=queries,
             kv_length=keys,
+            q_offset=keys - queries,
             attention_mask=padding,
+            allow_is_causal_skip=False,
             device=padding.device,
         )
     square: Tensor = known["square"]
@@ -316,6 +362,10 @@ def _state_of_config(config: Any) -> ModelState:
                 f"{path} is for {plan.model.name} with {name} {getattr(plan.model, name)}; this "
                 f"model has {size}"
             )
+    if plan.decode:
+        raise PlanError(
+            f"{path} stores less than the whole KV cache, which needs the model: use attnplan.load"
+        )
     sections = [(section.context, section.layers) for section in plan.prefill]
     return ModelState.of(sections, plan.fitted, [(config, "sdpa")], plan.model.layers)
 

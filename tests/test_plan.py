@@ -238,7 +238,7 @@ EDITS: dict[str, Edit] = {
     ),
     "bad knob": ("window: 64", "window: 0", "methods.window-64: window must be at least 1 key"),
     "unknown phase": ("decode: dense", "encode: dense", "phases.encode: unknown key; known here:"),
-    "decode": ("decode: dense", "decode: []", "phases.decode: decoding runs dense attention"),
+    "decode": ("decode: dense", "decode: []", "phases.decode: lists nothing; write dense"),
     "unknown key": ("target:", "aim:", "aim: unknown key; known here: attnplan, model"),
     "missing key": (
         "architecture: LlamaForCausalLM\n",
