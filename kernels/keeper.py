@@ -24,6 +24,8 @@ from attnplan.kernels.approximation import Fitted, Moments
 
 SLACK = 32
 """Rows that may accumulate before a past is condensed."""
+SHARES = (32, 16, 8, 4, 3, 2)
+"""Parts of a context that are worth storing."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,23 @@ class Keeper(ABC):
     def limit(self) -> int | None:
         """Rows that are left after condensing; None if nothing ever goes."""
 
+    @classmethod
+    def of(cls, rows: int) -> Self | None:
+        """The setting that stores `rows` rows, or None where there is none."""
+        return None
+
     @property
     @abstractmethod
     def recent(self) -> int:
         """The newest keys that are always there."""
 
     @classmethod
-    @abstractmethod
     def choices(cls, context: int) -> Iterator[Self]:
         """The settings worth trying for texts of `context` tokens."""
+        for share in SHARES:
+            keeper = cls.of(context // share - SLACK)
+            if keeper is not None:
+                yield keeper
 
     @abstractmethod
     def condense(self, past: Past) -> Past:

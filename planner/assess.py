@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from attnplan.continuation import Continuation, decode_ms, peak_bytes
 from attnplan.evaluate import Reference, induction_accuracy, kv_bytes, original, prefill_latency
 from attnplan.models import LoadedModel
 from attnplan.patch import applied, patched_stats
@@ -40,8 +42,11 @@ def assess(
 
     Returns:
         Plain values: kl_per_token, perplexity, perplexity_dense, tokens, density, latency_ms
-        {plan, dense}, speedup, kv_bytes {plan, dense}, induction_accuracy {plan, dense},
-        planned_layers (how many layers ran the plan at this length, the others dense).
+        {plan, dense}, speedup, kv_bytes {plan, dense} after the prefill, peak_bytes {plan, dense}
+        of all tensors that the prefill and a few tokens more allocate, continuation_kl per token
+        once the past is condensed, decode_ms_per_token {plan, dense}, induction_accuracy
+        {plan, dense}, planned_layers (how many layers ran the plan at this length, the others
+        dense).
     """
     model, context = loaded.model, int(sequences.shape[1])
     ran: list[int] = []
@@ -57,7 +62,9 @@ def assess(
             stats = patched_stats(model)
             ran.append(sum(1 for counts in stats.values() if counts.get(PLANNED)))
 
-    quality = Reference(model, sequences).quality(planned, lambda: advance("held-out text"))
+    reference = Reference(model, sequences)
+    continuation = Continuation(reference)
+    quality = reference.quality(planned, lambda: advance("held-out text"))
     planned_layers = ran[0]
     advance("induction")
     length = induction_length(plan, context)
@@ -80,6 +87,16 @@ def assess(
             "plan": kv_bytes(model, planned, text),
             "dense": kv_bytes(model, original, text),
         },
+        "peak_bytes": {
+            "plan": peak_bytes(model, planned, text),
+            "dense": peak_bytes(model, original, text),
+        },
+        "continuation_kl": statistics.fmean(
+            continuation.kl(planned, index) for index in range(len(sequences))
+        ),
+        "decode_ms_per_token": dict(
+            zip(("plan", "dense"), decode_ms(model, planned, text), strict=True)
+        ),
         "induction_accuracy": copied,
         "planned_layers": planned_layers,
     }

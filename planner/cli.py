@@ -140,6 +140,11 @@ def search(
         sequences=sequences,
         split="holdout" if holdout is None else "all",
     )
+    if budget.max_memory is not None:
+        _search_memory(
+            loaded, work, held_out, budget, db, out, trials, swaps, repeats, seed, only, json_
+        )
+        return
     request = Request(budget, trials, swaps, repeats, seed, only)
     with Store(db) as store, Stages() as progress:
         files = capture_files(run_key(loaded, work), CAPTURES)
@@ -438,6 +443,81 @@ def _write(
             figures=figures(outcome.plan),
         )
     )
+
+
+def _search_memory(
+    loaded: Any,
+    work: Any,
+    held_out: Any,
+    budget: Any,
+    db: str,
+    out: Path,
+    trials: int,
+    swaps: int,
+    repeats: int,
+    seed: int,
+    methods: Any,
+    json_: bool,
+) -> None:
+    """What is kept while decoding; and before it prefill, where other costs are limited too."""
+    from dataclasses import replace
+
+    from attnplan.planning import Request
+    from attnplan.planning import plan as run_plan
+    from attnplan.profiles.database import Store
+    from attnplan.profiling import capture_files, run_key
+    from attnplan.remembering import remember
+    from attnplan.report import (
+        MEMORY_HEADERS,
+        memory_figures,
+        memory_lines,
+        to_plan,
+        with_memory,
+    )
+
+    prefill, missed = None, ""
+    with Store(db) as store, Stages() as progress:
+        files = capture_files(run_key(loaded, work), CAPTURES)
+        if budget.max_density is not None or budget.max_latency is not None:
+            request = Request(
+                replace(budget, max_memory=None), trials, swaps, repeats, seed, methods
+            )
+            outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)
+            if outcome.plan is None:
+                missed = "; ".join(outcome.attempts[-1].misses)
+            else:
+                prefill = to_plan(loaded, outcome, work, held_out, request.budget)
+        if not missed:
+            memory = remember(
+                loaded,
+                work,
+                held_out,
+                store,
+                db,
+                files,
+                budget,
+                trials=trials,
+                seed=seed,
+                progress=progress,
+            )
+            missed = "; ".join(memory.misses)
+        files.discard()
+    if not missed:
+        with_memory(loaded, memory, work, held_out, budget, prefill).save(out)
+        if json_:
+            _print_json(
+                {
+                    "plan": str(out),
+                    "budget": budget.canonical(),
+                    "memory": memory_figures(memory.best),
+                    "uniform": memory.uniform and memory_figures(memory.uniform),
+                }
+            )
+            return
+        print_table("Continuation of held-out text", MEMORY_HEADERS, memory_lines(memory))
+        print(f"plan: {out}")
+        return
+    leave(f"no plan within the budget held up to measurement; the last one missed: {missed}", 1)
 
 
 def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> None:

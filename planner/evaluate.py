@@ -108,6 +108,20 @@ class Reference:
         means = (sums / len(compared)).tolist()
         return finite_kl(means[0]), finite_kl(means[1]), finite_kl(means[2])
 
+    def divergence(self, body: Any, original: Tensor, planned: Tensor) -> float:
+        """Mean KL(original || planned) between final hidden states, in nats per token.
+
+        Args:
+            body: any output of the model without its head.
+            original, planned: [1, tokens, hidden].
+        """
+        total = 0.0
+        with torch.no_grad(), logits_of(self.model, body) as logits:
+            for some in torch.arange(original.shape[1], device=original.device).split(CHUNK):
+                p, q = (logits(x[:, some])[0].float().log_softmax(-1) for x in (original, planned))
+                total += float(((p - q) * p.exp()).sum(-1).double().sum())
+        return finite_kl(total / original.shape[1])
+
     def quality(self, applied: Applied, progress: Callable[[], None] = lambda: None) -> Quality:
         """Compare on all sequences and positions; `progress` is called after each sequence."""
         rows = []

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnplan import __version__
+from attnplan.kernels import keepers
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
-from attnplan.plan import Plan, Target
+from attnplan.plan import DecodeSection, Plan, Target
 from attnplan.planning import Choice, Outcome
 from attnplan.profiles.calibration import TokenSet
 from attnplan.profiling import Workload
+from attnplan.remembering import Memory, Remembered
 from attnplan.search.budget import Budget
+from attnplan.timing import this_device
 
 HEADERS = (
     "plan",
@@ -134,6 +137,99 @@ def to_plan(
         context=(choice.measured.crossover, work.context),
         evidence=evidence,
         fitted=outcome.fitted,
+    )
+
+
+MEMORY_HEADERS = (
+    "plan",
+    "bytes after prompt",
+    "after continuation",
+    "continuation KL",
+    "predicted KL",
+    "ms per token",
+    "dense",
+)
+
+
+def memory_lines(memory: Memory) -> list[list[str]]:
+    """The best uniform keeper and what was chosen per kv head, as text."""
+    found = []
+    for one in (memory.uniform, memory.best):
+        if one is not None:
+            held = [f"{a / b:.3f}x" for a, b in zip(one.held, one.held_dense, strict=True)]
+            kls = [f"{kl:.4f}" for kl in (one.continuation_kl, one.predicted_kl)]
+            found.append([one.name, *held, *kls, *(f"{ms:.1f}" for ms in one.decode_ms)])
+    return found
+
+
+def memory_figures(one: Remembered) -> dict[str, Any]:
+    """Plain values of one way to spend a memory budget."""
+    return {
+        "kv_bytes": list(one.held),
+        "kv_bytes_dense": list(one.held_dense),
+        "continuation_kl": _short(one.continuation_kl),
+        "kl_by_sequence": [_short(kl) for kl in one.kl_by_sequence],
+        "predicted_kl": _short(one.predicted_kl),
+        "decode_ms": [_short(ms) for ms in one.decode_ms],
+    }
+
+
+def with_memory(
+    loaded: LoadedModel,
+    memory: Memory,
+    work: Workload,
+    holdout: TokenSet,
+    budget: Budget,
+    prefill: Plan | None = None,
+) -> Plan:
+    """A plan that keeps what `memory` chose; with the prefill of another plan, or dense.
+
+    Raises:
+        ValueError: nothing met the budget.
+    """
+    if memory.misses:
+        raise ValueError("the search found no plan within its budget")
+    model = loaded.model
+    needed = {
+        name
+        for row in memory.best.kept
+        for keeper in row
+        for name in keepers.fitted_names(loaded.identity.head_dim, type(keeper))
+    }
+    fitted = {
+        layer: {name: tensor for name, tensor in found.items() if name in needed}
+        for layer, found in memory.fitted.items()
+    }
+    if prefill is not None:
+        for layer, found in prefill.fitted.items():
+            fitted[layer] = {**fitted.get(layer, {}), **found}
+    fitted = {layer: found for layer, found in fitted.items() if found}
+    device = this_device(model.device)
+    target = Target(
+        device=device.name,
+        kind=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        engine=f"{model.device.type} {engine_digest(model.device.type)}",
+        versions={**device.versions, "attnplan": __version__},
+    )
+    evidence: dict[str, Any] = dict(prefill.evidence) if prefill is not None else {}
+    evidence["memory"] = {
+        "calibration": {"data": work.tokens.name, "digest": work.tokens.digest},
+        "holdout": {"data": holdout.name, "digest": holdout.digest},
+        "budget": budget.canonical(),
+        "measured": memory_figures(memory.best),
+        "baselines": {}
+        if memory.uniform is None
+        else {memory.uniform.name: memory_figures(memory.uniform)},
+    }
+    return Plan(
+        loaded.identity,
+        target if prefill is None else prefill.target,
+        {} if prefill is None else prefill.methods,
+        () if prefill is None else prefill.prefill,
+        evidence,
+        fitted,
+        decode=(DecodeSection((1, work.context), memory.best.kept),),
     )
 
 

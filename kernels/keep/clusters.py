@@ -16,7 +16,6 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -56,12 +55,11 @@ class Clusters(Observed):
         return self.keys
 
     @classmethod
-    def choices(cls, context: int) -> Iterator[Self]:
-        for share in (32, 16, 8, 4):
-            rows = context // share
-            if rows >= 128:
-                window, clusters = max(32, rows // 4), rows // 4
-                yield cls(window=window, keys=rows - window - clusters - 4, clusters=clusters)
+    def of(cls, rows: int) -> Self | None:
+        window, clusters = max(32, rows // 4), rows // 4
+        keys = rows - window - clusters - cls.sinks
+        made = cls(window=window, keys=keys, clusters=clusters) if keys >= 32 else None
+        return made
 
     def merged(self, old: Past) -> Past:
         heads = list(old.kv_heads)

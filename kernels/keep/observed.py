@@ -13,7 +13,6 @@ unlike SnapKV, the choice is made anew as the text grows, and by the whole group
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -46,12 +45,10 @@ class Observed(BoundedKeeper):
         return self.keys
 
     @classmethod
-    def choices(cls, context: int) -> Iterator[Self]:
-        for share in (32, 16, 8, 4, 2):
-            rows = context // share
-            if rows >= 128:
-                window = max(32, rows // 4)
-                yield cls(window=window, keys=rows - window - 4)
+    def of(cls, rows: int) -> Self | None:
+        window = max(32, rows // 4)
+        keys = rows - window - cls.sinks
+        return cls(window=window, keys=keys) if keys >= 32 else None
 
     def worth(self, old: Past) -> Tensor:
         flat = old.attention.flatten(0, 1)

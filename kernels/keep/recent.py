@@ -6,7 +6,6 @@ https://arxiv.org/abs/2309.17453, section 3.2. Unlike there, keys keep their rot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -21,7 +20,5 @@ class Recent(BoundedKeeper):
     family: ClassVar[str] = "window"
 
     @classmethod
-    def choices(cls, context: int) -> Iterator[Self]:
-        for share in (64, 32, 16, 8, 4, 2):
-            if context // share >= 64:
-                yield cls(context // share)
+    def of(cls, rows: int) -> Self | None:
+        return cls(rows - cls.sinks) if rows >= 32 + cls.sinks else None

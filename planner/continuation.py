@@ -1,0 +1,153 @@
+"""Quality and cost of generating under a plan: what is lost once the past has been condensed.
+
+A text is cut in two. The model reads the first part at once, as a prompt; then the rest is fed as
+if the model had generated it (teacher-forced), and its predictions are compared with those of the
+original model, which remembers everything.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplan.cache import stored_bytes
+from attnplan.evaluate import Applied, Reference, original
+from attnplan.kernels.keeper import SLACK
+
+CONTINUED = 256
+"""Tokens at the end of a text that are fed as a continuation."""
+
+
+def continued(context: int) -> int:
+    """How many of `context` tokens are a continuation: whole condensings, at most half."""
+    return max(1, min(CONTINUED, context // 2 // SLACK * SLACK))
+
+
+class Continuation:
+    """The original model's answers on the ends of some sequences.
+
+    Args:
+        reference: of the same sequences.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.tokens = continued(int(reference.sequences.shape[1]))
+
+    def kl(self, applied: Applied, index: int) -> float:
+        """Mean KL(original || planned) over the continuation of one sequence, nats per token.
+
+        Tokens are fed by as many as accumulate between two condensings, which is the same as one by
+        one.
+        """
+        model, text = self.reference.model, self.reference.sequences[index]
+        first = len(text) - self.tokens
+        known = self.reference.states(index)[:, first:]
+        with applied():
+            body = prompt(model, text[:first])
+            parts = []
+            for some in text[first:].split(SLACK):
+                body = step(model, body, some)
+                parts.append(body.last_hidden_state)
+        return self.reference.divergence(body, known, torch.cat(parts, 1))
+
+
+@torch.no_grad()
+def prompt(model: Any, tokens: Tensor) -> Any:
+    """The model without its head on a prompt [tokens], with its cache."""
+    device = model.get_input_embeddings().weight.device
+    return model.base_model(input_ids=tokens[None].to(device), use_cache=True)
+
+
+@torch.no_grad()
+def step(model: Any, body: Any, tokens: Tensor) -> Any:
+    """More tokens after `body`."""
+    device = model.get_input_embeddings().weight.device
+    accepted = inspect.signature(model.base_model.forward).parameters
+    name = "cache" if "cache" in accepted else "past_key_values"  # renamed in 5.24
+    options = {name: cache_of(body)}
+    return model.base_model(input_ids=tokens[None].to(device), use_cache=True, **options)
+
+
+def cache_of(body: Any) -> Any:
+    """The cache that a forward pass returned."""
+    return body["cache" if "cache" in body else "past_key_values"]
+
+
+def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple[int, int]:
+    """Bytes that the cache holds after a prompt, and after `more` further tokens one by one.
+
+    Args:
+        model: a causal language model.
+        applied: a context in which to run it.
+        tokens: int64 [tokens], prompt and continuation.
+        more: how many of them are the continuation.
+    """
+    with applied():
+        body = prompt(model, tokens[: len(tokens) - more])
+        before = stored_bytes(cache_of(body))
+        for token in tokens[len(tokens) - more :].split(1):
+            body = step(model, body, token)
+        return before, stored_bytes(cache_of(body))
+
+
+def decode_ms(
+    model: Any, applied: Applied, tokens: Tensor, *, steps: int = 32
+) -> tuple[float, float]:
+    """Median time of one token after a prompt, (plan, dense), in turn, in ms.
+
+    Args:
+        model: a causal language model, not patched.
+        applied: a context in which the model runs under the plan.
+        tokens: int64 [tokens], prompt and continuation.
+        steps: timed tokens of each.
+    """
+    first = len(tokens) - steps - 2
+    times: list[list[float]] = [[], []]
+    for number, context in enumerate((applied, original)):
+        with context():
+            body = prompt(model, tokens[:first])
+            for token in tokens[first:].split(1):
+                began = time.perf_counter()
+                body = step(model, body, token)
+                times[number].append((time.perf_counter() - began) * 1e3)
+    plan, dense = (sorted(found[2:])[len(found[2:]) // 2] for found in times)
+    return plan, dense
+
+
+def peak_bytes(model: Any, applied: Applied, tokens: Tensor, *, steps: int = 4) -> int:
+    """Most bytes that tensors made by a prompt and a few tokens after it hold at one time.
+
+    Args:
+        model: a causal language model.
+        applied: a context in which to run it.
+        tokens: int64 [tokens].
+        steps: tokens after the prompt.
+    """
+    first = max(len(tokens) - steps, 1)
+    with applied():
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+            before = torch.cuda.memory_allocated(model.device)
+            _read(model, tokens, first)
+            return torch.cuda.max_memory_allocated(model.device) - before
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as watched:
+            _read(model, tokens, first)
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _read(model: Any, tokens: Tensor, first: int) -> None:
+    body = prompt(model, tokens[:first])
+    for token in tokens[first:].split(1):
+        body = step(model, body, token)
