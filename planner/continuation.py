@@ -84,13 +84,13 @@ def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple
     Args:
         model: a causal language model.
         applied: a context in which to run it.
-        tokens: int64 [tokens], prompt and continuation.
-        more: how many of them are the continuation.
+        tokens: int64 [tokens], the prompt; it is begun again for the further tokens.
+        more: how many of them; what they are does not matter for the bytes.
     """
     with applied():
-        body = prompt(model, tokens[: len(tokens) - more])
+        body = prompt(model, tokens)
         before = stored_bytes(cache_of(body))
-        for token in tokens[len(tokens) - more :].split(1):
+        for token in tokens[:more].split(1):
             body = step(model, body, token)
         return before, stored_bytes(cache_of(body))
 

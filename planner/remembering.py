@@ -55,7 +55,8 @@ class Remembered:
         predicted_kl: of the scores, per continuation token.
         continuation_kl: as measured.
         kl_by_sequence: the same by sequence.
-        held: bytes of the cache after the prompt and after the continuation.
+        held: bytes of the cache after a prompt of the whole context, and after as many further
+            tokens as a continuation has.
         held_dense: the same of the model as it is.
         decode_ms: one token under the plan, and dense.
     """
@@ -283,8 +284,8 @@ def remember(
     smallest = float(problem.kv_bytes.min())
     if limit < smallest:
         raise BudgetError(
-            f"a KV cache of {limit:.3g}x is below what sinks and the smallest window need at "
-            f"{work.context} tokens: {smallest:.3g}x",
+            f"no plan stores {limit:.3g}x of the KV cache: sinks and the smallest window need "
+            f"{smallest:.3g}x at {work.context} tokens",
             "kv_share",
             smallest,
         )
@@ -361,6 +362,8 @@ def _measured(
     def applied() -> Any:
         return search.running(kept)
 
+    longest = search.loaded.identity.max_context
+    more = reference.tokens if longest is None else min(reference.tokens, longest - texts.shape[1])
     kls = tuple(reference.kl(applied, index) for index in range(len(texts)))
     return Remembered(
         name=name,
@@ -368,7 +371,7 @@ def _measured(
         predicted_kl=problem.predict(assignment).kl,
         continuation_kl=float(np.mean(kls)),
         kl_by_sequence=kls,
-        held=held_bytes(model, applied, texts[0], reference.tokens),
-        held_dense=held_bytes(model, original, texts[0], reference.tokens),
+        held=held_bytes(model, applied, texts[0], more),
+        held_dense=held_bytes(model, original, texts[0], more),
         decode_ms=decode_ms(model, applied, texts[0]),
     )
