@@ -128,6 +128,11 @@ def search(
         max_ppl_ratio=max_ppl_ratio,
         minimize=minimize,  # type: ignore[arg-type]
     )
+    if minimize == "memory":
+        raise ValueError(
+            "memory can be limited but not minimized yet: use --max-memory 0.5x (or fewer) and "
+            "compare the continuation KL"
+        )
     if out.is_dir() or out.suffix == ".safetensors":
         raise ValueError(f"{out}: --out names the YAML file of the plan")
     loaded, work = _workload(

@@ -502,6 +502,7 @@ def test_models_and_devices_that_are_not_there_are_refused(run: Run, command: st
         (("--max-latency", "fast"), "latency must be a factor of dense such as 0.6x or 25ms"),
         (("--max-memory", "1 elephant"), "memory must be a factor of dense such as 0.5x"),
         (("--max-density", 2), "max density must be above 0 and at most 1, got 2.0"),
+        (("--max-kl", 0.1, "--minimize", "memory"), "memory can be limited but not minimized"),
         (("--max-density", 0.5, "--minimize", "speed"), "can minimize kl, latency or memory"),
         (("--max-density", 0.5, "--out", "tiny"), "--out names the YAML file of the plan"),
         (("--max-density", 0.5, "--out", "x.safetensors"), "--out names the YAML file"),
