@@ -18,7 +18,7 @@ from tests import tiny_model
 from attnplan import scoring
 from attnplan.evaluate import Quality, Reference
 from attnplan.explain import timing_rows
-from attnplan.kernels import catalog
+from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.window import Window
 from attnplan.models import LoadedModel, load_model
@@ -303,7 +303,8 @@ def test_a_profile_older_than_a_method_is_fitted_again_without_the_model(
         assert not any(n.startswith("balanced.") for n in store.load_fitted(run.id)[0])
         assert profile(job.loaded, job.work, store, nowhere) == run
         after = store.load_fitted(run.id)
-    assert all(set(after[layer]) == catalog.fitted_names(16) for layer in range(2))
+    wanted = catalog.fitted_names(16) | keepers.fitted_names(16)
+    assert all(set(after[layer]) == wanted for layer in range(2))
     for layer, data in before.items():
         for name, array in data.items():
             np.testing.assert_array_equal(after[layer][name], array)
