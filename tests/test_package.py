@@ -32,6 +32,7 @@ IMPORTERS = {
         "planner/encoder.py",
         "planner/models.py",
         "planner/patch.py",
+        "planner/cache.py",
         "planner/runtime.py",
     },
     "sqlalchemy": {
