@@ -168,7 +168,9 @@ def convert(cache: Any, layers: Mapping[int, tuple[tuple[Keeper, ...], Fitted]])
             continue
         if layer.is_initialized:
             raise ValueError(REFUSED.format("a cache that was filled without it"))
-        cache.layers[index] = PlanLayer(keepers, fitted)
+        planned = PlanLayer(keepers, fitted)
+        planned.record_past = getattr(layer, "record_past", False)
+        cache.layers[index] = planned
 
 
 def stored_bytes(cache: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from attnplan.cache import stored_bytes
 from attnplan.evaluate import Applied, Reference, original
@@ -56,21 +57,34 @@ class Continuation:
         return self.reference.divergence(body, known, torch.cat(parts, 1))
 
 
-@torch.no_grad()
-def prompt(model: Any, tokens: Tensor) -> Any:
-    """The model without its head on a prompt [tokens], with its cache."""
-    device = model.get_input_embeddings().weight.device
-    return model.base_model(input_ids=tokens[None].to(device), use_cache=True)
+def prompt(model: Any, tokens: Tensor, *, recording: bool = False) -> Any:
+    """The model without its head on a prompt [tokens], with its cache.
+
+    While `recording`, nothing is condensed before `condense`.
+    """
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers if recording else ():
+        layer.record_past = True
+    return _read(model, tokens, cache)
 
 
-@torch.no_grad()
 def step(model: Any, body: Any, tokens: Tensor) -> Any:
     """More tokens after `body`."""
+    return _read(model, tokens, cache_of(body))
+
+
+def condense(body: Any) -> None:
+    """Let the cache condense what it has held back."""
+    for layer in cache_of(body).layers:
+        layer.crop(0)
+
+
+@torch.no_grad()
+def _read(model: Any, tokens: Tensor, cache: Any) -> Any:
     device = model.get_input_embeddings().weight.device
     accepted = inspect.signature(model.base_model.forward).parameters
     name = "cache" if "cache" in accepted else "past_key_values"  # renamed in 5.24
-    options = {name: cache_of(body)}
-    return model.base_model(input_ids=tokens[None].to(device), use_cache=True, **options)
+    return model.base_model(input_ids=tokens[None].to(device), use_cache=True, **{name: cache})
 
 
 def cache_of(body: Any) -> Any:
@@ -79,7 +93,7 @@ def cache_of(body: Any) -> Any:
 
 
 def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple[int, int]:
-    """Bytes that the cache holds after a prompt, and after `more` further tokens one by one.
+    """Bytes that the cache holds after a prompt, and after `more` further tokens.
 
     Args:
         model: a causal language model.
@@ -90,8 +104,8 @@ def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple
     with applied():
         body = prompt(model, tokens)
         before = stored_bytes(cache_of(body))
-        for token in tokens[:more].split(1):
-            body = step(model, body, token)
+        for some in tokens[:more].split(SLACK):
+            body = step(model, body, some)
         return before, stored_bytes(cache_of(body))
 
 
@@ -133,12 +147,12 @@ def peak_bytes(model: Any, applied: Applied, tokens: Tensor, *, steps: int = 4) 
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
             before = torch.cuda.memory_allocated(model.device)
-            _read(model, tokens, first)
+            _generate(model, tokens, first)
             return torch.cuda.max_memory_allocated(model.device) - before
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as watched:
-            _read(model, tokens, first)
+            _generate(model, tokens, first)
     events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -147,7 +161,7 @@ def peak_bytes(model: Any, applied: Applied, tokens: Tensor, *, steps: int = 4) 
     return peak
 
 
-def _read(model: Any, tokens: Tensor, first: int) -> None:
+def _generate(model: Any, tokens: Tensor, first: int) -> None:
     body = prompt(model, tokens[:first])
     for token in tokens[first:].split(1):
         body = step(model, body, token)

@@ -333,7 +333,12 @@ def remember(
     fits = [c for c in range(1, problem.candidates) if problem.kv_bytes[c] <= limit]
     uniform = [np.full_like(answer, c) for c in fits]
     uniform.sort(key=lambda a: problem.predict(a).kl)
-    ranked = sorted(uniform[:3], key=lambda a: sum(evaluate(a, text) for text in range(work.texts)))
+    of_name: dict[str, Assignment] = {}
+    for assignment in uniform:
+        of_name.setdefault(search.candidates[int(assignment[0, 0])].name, assignment)
+    ranked = sorted(
+        of_name.values(), key=lambda a: sum(evaluate(a, text) for text in range(work.texts))
+    )
     other = None
     if ranked:
         name = f"uniform {keepers.key(search.candidates[int(ranked[0][0, 0])])}"

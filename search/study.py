@@ -360,10 +360,29 @@ class _Study:
     def run(self, trials: int, progress: Progress | None) -> None:
         """Go on until `trials` have ended, whoever ran them."""
         while (done := self._done()) < trials:
-            self.study.optimize(self._objective, n_trials=1)
+            self._try()
             if progress is not None:
                 evaluated = [e.kl for e in self._evaluated()]
                 progress(min(done + 1, trials), trials, min(evaluated, default=None))
+
+    def _try(self) -> None:
+        """One trial.
+
+        SQLite lets two processes take the same queued trial: the one that ends first counts.
+        """
+        trial = self.study.ask()
+        state: TrialState | None = None
+        values: float | tuple[float, ...] | None = None
+        try:
+            values = self._objective(trial)
+        except optuna.TrialPruned:
+            state = TrialState.PRUNED
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return
+        except BaseException:
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            raise
+        self.study.tell(trial, values, state=state, skip_if_finished=True)
 
     def _done(self) -> int:
         states = (TrialState.COMPLETE, TrialState.PRUNED)
