@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from attnplan.models import LoadedModel
 from attnplan.patch import applied, patched_stats
 from attnplan.plan import Plan
 from attnplan.profiling import COPIED
+from attnplan.retrieval import PROBED, retrieval
 from attnplan.runtime import PLANNED
 from attnplan.verify import density
 
@@ -45,8 +47,9 @@ def assess(
         {plan, dense}, speedup, kv_bytes {plan, dense} after the prefill, peak_bytes {plan, dense}
         of all tensors that the prefill and a few tokens more allocate, continuation_kl per token
         once the past is condensed, decode_ms_per_token {plan, dense}, induction_accuracy
-        {plan, dense}, planned_layers (how many layers ran the plan at this length, the others
-        dense).
+        {plan, dense}, retrieval {plan, dense} of facts hidden in the text (null for a plan that
+        keeps everything, or a short text), planned_layers (how many layers ran the plan at this
+        length, the others dense).
     """
     model, context = loaded.model, int(sequences.shape[1])
     ran: list[int] = []
@@ -72,6 +75,14 @@ def assess(
         "plan": induction_accuracy(model, planned, length=length, seed=seed),
         "dense": induction_accuracy(model, original, length=length, seed=seed),
     }
+    found = None
+    probes = retrieval(model, loaded.tokenizer, sequences[:PROBED], seed=seed)
+    if plan is not None and plan.decode and probes is not None:
+        advance("retrieval")
+        found = {
+            "plan": asdict(probes.recall(planned)),
+            "dense": asdict(probes.recall(original)),
+        }
     advance("prefill")
     text = sequences[0]
     timing = prefill_latency(model, planned, text, repeats=repeats)
@@ -98,6 +109,7 @@ def assess(
             zip(("plan", "dense"), decode_ms(model, planned, text), strict=True)
         ),
         "induction_accuracy": copied,
+        "retrieval": found,
         "planned_layers": planned_layers,
     }
 

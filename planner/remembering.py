@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
 from attnplan.profiling import Workload, captured_text, fitted_tensors, model_record, profile
+from attnplan.retrieval import PROBED, Recall, retrieval
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
@@ -59,6 +60,8 @@ class Remembered:
             tokens as a continuation has.
         held_dense: the same of the model as it is.
         decode_ms: one token under the plan, and dense.
+        recall: what the model still finds under the plan, and dense; None where the texts are too
+            short to hide facts in.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Remembered:
     held: tuple[int, int]
     held_dense: tuple[int, int]
     decode_ms: tuple[float, float]
+    recall: tuple[Recall, Recall] | None = None
 
     @property
     def share(self) -> float:
@@ -344,6 +348,15 @@ def remember(
         name = f"uniform {keepers.key(search.candidates[int(ranked[0][0, 0])])}"
         other = _measured(search, name, ranked[0], problem, reference)
     misses = []
+    probes = retrieval(loaded.model, loaded.tokenizer, holdout.tokens[:PROBED], seed=seed)
+    if probes is not None:
+        progress.advance("retrieval")
+        kept = best.kept
+        found = probes.recall(lambda: search.running(kept)), probes.recall(original)
+        best = replace(best, recall=found)
+        for kind in found[0].worse(found[1]):
+            plan, dense = (recall.in_prompt[kind] for recall in found)
+            misses.append(f"retrieval of {kind} is {plan:.2f}, dense {dense:.2f}")
     if best.share > limit * (1 + 1e-9):
         misses.append(f"the cache holds {best.share:.3f} of dense, above {limit:g}")
     if budget.max_kl is not None and best.continuation_kl > budget.max_kl:

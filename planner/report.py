@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from attnplan import __version__
@@ -15,6 +15,7 @@ from attnplan.planning import Choice, Outcome
 from attnplan.profiles.calibration import TokenSet
 from attnplan.profiling import Workload
 from attnplan.remembering import Memory, Remembered
+from attnplan.retrieval import KINDS
 from attnplan.search.budget import Budget
 from attnplan.timing import this_device
 
@@ -171,6 +172,20 @@ def memory_figures(one: Remembered) -> dict[str, Any]:
         "kl_by_sequence": [_short(kl) for kl in one.kl_by_sequence],
         "predicted_kl": _short(one.predicted_kl),
         "decode_ms": [_short(ms) for ms in one.decode_ms],
+        **_recall_figures(one),
+    }
+
+
+def _recall_figures(one: Remembered) -> dict[str, Any]:
+    """Share of hidden facts that are found, [plan, dense] by time of asking and kind."""
+    if one.recall is None:
+        return {}
+    plan, dense = (asdict(found) for found in one.recall)
+    return {
+        "retrieval": {
+            when: {kind: [_short(plan[when][kind]), _short(dense[when][kind])] for kind in KINDS}
+            for when in plan
+        }
     }
 
 

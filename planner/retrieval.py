@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import random
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,21 @@ import torch
 from torch import Tensor
 
 from attnplan.continuation import condense, prompt, step
-from attnplan.evaluate import Applied, logits_of
+from attnplan.evaluate import Applied
+from attnplan.profiles.capture import logits_of
 
 KINDS = ("passkey", "key_value", "copy")
+PROBED = 2
+"""Texts in which facts are hidden when a plan is verified."""
 DEPTHS = 5
 """Facts of each kind in a text, spread evenly."""
 PLACES = ("Oslo", "Cairo", "Lima", "Tokyo", "Delhi", "Rome", "Berlin", "Madrid", "Vienna", "Sydney")
 CUE, COPIED = 16, 8
 """Tokens of a random string that are shown again, and that must follow."""
+
+
+class TooShort(ValueError):
+    """Facts of all kinds would fill more than half of a text."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Recall:
     in_prompt: dict[str, float]
     later: dict[str, float]
 
+    def worse(self, than: Recall, tolerance: float = 0.02) -> list[str]:
+        """Kinds of facts that are found in the prompt less often than by another model."""
+        return [k for k in KINDS if self.in_prompt[k] < than.in_prompt[k] - tolerance]
+
 
 class Retrieval:
     """Texts with hidden facts.
@@ -74,7 +85,7 @@ class Retrieval:
         seed: of the facts.
 
     Raises:
-        ValueError: the texts are too short to hide facts in.
+        TooShort: the texts are too short to hide facts in.
     """
 
     def __init__(self, model: Any, tokenizer: Any, texts: Tensor, *, seed: int = 0) -> None:
@@ -122,6 +133,14 @@ class Retrieval:
         return guess.tolist() == list(probe.answer)
 
 
+def retrieval(model: Any, tokenizer: Any, texts: Tensor, *, seed: int = 0) -> Retrieval | None:
+    """Facts hidden in texts, None where the texts are too short for it."""
+    try:
+        return Retrieval(model, tokenizer, texts, seed=seed)
+    except TooShort:
+        return None
+
+
 def _probe(
     kind: str, tokenizer: Any, vocabulary: int, places: list[str], made: random.Random
 ) -> Probe:
@@ -147,12 +166,12 @@ def _probe(
 
 
 def _hide(probes: list[Probe], text: list[int]) -> Tensor:
-    """The beginning of a text with facts in it, evenly spread, with room for question and answer."""
+    """The beginning of a text with facts in it, evenly spread; question and answer have room."""
     taken = sum(len(probe.fact) for probe in probes)
     longest = max(len(probe.question) + len(probe.answer) for probe in probes)
     room = len(text) - taken - longest
     if room < taken:
-        raise ValueError(
+        raise TooShort(
             f"retrieval probes need texts of at least {2 * taken + longest} tokens, got {len(text)}"
         )
     found: list[int] = []
