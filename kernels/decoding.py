@@ -1,8 +1,4 @@
-"""Who executes attention over stored rows: the engine of the device that the tensors are on.
-
-On a GPU that is torch alone, without copies of the keys for each query head; there is no kernel of
-our own for it yet.
-"""
+"""Who executes attention over stored rows: the engine of the device that the tensors are on."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from attnplan.kernels.engines import decode_cpu
 from attnplan.kernels.stored import StoredRows
 
 
@@ -19,14 +14,18 @@ def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tupl
     """Attention of the newest tokens over stored rows; see `engines.decode_reference.decode`.
 
     Raises:
-        ValueError: no engine for this device.
+        ValueError: no engine for this device, or it cannot read these rows.
     """
     return _engine(query.device)(query, stored, scale=scale)
 
 
 def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     if device.type == "cuda":
-        return decode_cpu.decode_torch
+        from attnplan.kernels.engines import decode_triton
+
+        return decode_triton.decode
     if device.type == "cpu":
+        from attnplan.kernels.engines import decode_cpu
+
         return decode_cpu.decode
     raise ValueError(f"no attention engine for device {device.type!r}; use cuda or cpu")

@@ -21,6 +21,10 @@ NOBODY, MANY, ATOMIC = -1, -2, -3
 POINTER_OPERATIONS = ("addptr", "splat", "broadcast", "expand_dims", "reshape", "trans", "bitcast")
 
 
+REACHABLE: list[Any] = []
+"""Tensors that kernels find by addresses in a table, beside those that they are given."""
+
+
 class KernelMemoryError(AssertionError):
     """A kernel touched what it must not."""
 
@@ -32,7 +36,7 @@ class Accesses:
         self.begin([], "")
 
     def begin(self, tensors: list[Any], kernel: str) -> None:
-        storages = (tensor.untyped_storage() for tensor in tensors)
+        storages = (tensor.untyped_storage() for tensor in [*tensors, *REACHABLE])
         spans = {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages if s.nbytes()}
         self.spans = sorted(spans)
         self.writer: dict[Span, np.ndarray] = {}

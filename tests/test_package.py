@@ -33,6 +33,7 @@ IMPORTERS = {
         "planner/models.py",
         "planner/patch.py",
         "planner/cache.py",
+        "planner/continuation.py",
         "planner/runtime.py",
     },
     "sqlalchemy": {
@@ -48,7 +49,7 @@ IMPORTERS = {
         "profiles/migrations/versions/*.py",
     },
     "optuna": {"search/study.py"},
-    "triton": {"kernels/engines/triton.py"},
+    "triton": {"kernels/engines/triton.py", "kernels/engines/decode_triton.py"},
     "yaml": {"planner/plan_yaml.py"},
     "typer": {"planner/cli.py"},
     "rich": {"planner/console.py"},

@@ -29,28 +29,40 @@ BY_ARCHITECTURE = {
 SMALL_TILES = {80: "80:fp32:64:slots:4096", 90: "90:bf16:128:near:1"}
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """What `aot.py` says of every configuration; one process per architecture."""
+DECODE = {
+    80: ["80:bf16:64:bias:16", "80:bf16:128:bias:16", "80:fp32:64:bias:16"],
+    90: ["90:bf16:64:bias:16", "90:bf16:128:bias:16", "90:fp16:64:plain:64", "90:fp32:64:bias:16"],
+}
+
+
+def compiled(script: str, wanted: dict[int, list[str]], cache: Path) -> dict[str, dict[str, int]]:
+    """What a script says of every configuration; one process per architecture."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    script = str(Path(__file__).with_name("aot.py"))
-    processes = {
-        arch: subprocess.Popen(
-            [sys.executable, script, *wanted, SMALL_TILES[arch]],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    path = str(Path(__file__).with_name(script))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, path, *names], env=environment, stdout=subprocess.PIPE, text=True
         )
-        for arch, wanted in BY_ARCHITECTURE.items()
-    }
+        for names in wanted.values()
+    ]
     found = {}
-    for arch, process in processes.items():
+    for process, names in zip(processes, wanted.values(), strict=True):
         lines = process.communicate()[0].splitlines()
         assert process.returncode == 0
-        names = [*BY_ARCHITECTURE[arch], SMALL_TILES[arch]]
         found |= dict(zip(names, map(json.loads, lines), strict=True))
     return found
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    wanted = {arch: [*names, SMALL_TILES[arch]] for arch, names in BY_ARCHITECTURE.items()}
+    return compiled("aot.py", wanted, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def decode_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    return compiled("aot_decode.py", DECODE, tmp_path_factory.mktemp("triton-decode"))
 
 
 @pytest.mark.parametrize("name", [*BY_ARCHITECTURE[80], *BY_ARCHITECTURE[90]])
@@ -68,3 +80,16 @@ def test_compiled_code_uses_the_hardware(reports: dict[str, dict[str, int]], nam
 def test_small_tiles_fit_registers(reports: dict[str, dict[str, int]], name: str) -> None:
     """float32, which tensor cores would round to tf32, and few queries."""
     assert reports[name]["spills"] == 0
+
+
+@pytest.mark.parametrize("name", [*DECODE[80], *DECODE[90]])
+def test_decoding_leaves_room_for_a_second_program(
+    decode_reports: dict[str, dict[str, int]], name: str
+) -> None:
+    """It waits for memory: another program's copies must be under way meanwhile."""
+    (arch, dtype, *_), report = name.split(":"), decode_reports[name]
+    assert report["spills"] == 0
+    assert 2 * report["shared_bytes"] <= SHARED_BYTES[int(arch)]
+    assert REGISTERS // (report["registers"] * 32 * report["warps"]) >= 2
+    if dtype != "fp32":
+        assert report["vector_copies"] > 0, "keys and values are copied 16 bytes at a time"

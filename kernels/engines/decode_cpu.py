@@ -142,7 +142,7 @@ def _decode_compiled(
 def decode_torch(
     query: Tensor, stored: Sequence[StoredRows], *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`decode` in torch alone, on any device: for machines without a C++ compiler, and GPUs."""
+    """`decode` in torch alone, for machines without a C++ compiler."""
     group = check(query, stored)
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, stored[0].value.shape[3]).transpose(1, 2)

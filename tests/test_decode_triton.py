@@ -1,0 +1,100 @@
+"""The Triton decode engine computes what the reference defines, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tests import interpreter_memory
+from tests.test_decode import cast, layer
+from torch import Tensor
+
+from attnplan.kernels.engines import decode_reference, decode_triton
+from attnplan.kernels.stored import StoredRows
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+Lengths = list[tuple[tuple[int, ...], int]]
+LAYERS: dict[str, tuple[Lengths, int, int, tuple[int, int]]] = {
+    "one-row": ([((0,), 1)], 1, 1, (16, 16)),
+    "ragged": ([((0, 2), 700), ((1,), 90)], 3, 1, (64, 64)),
+    "several-queries": ([((1,), 600), ((0,), 33)], 2, 5, (64, 64)),
+    "padded-dims": ([((0,), 130)], 4, 2, (80, 96)),
+    "many-rows": ([((0,), 300)], 4, 20, (16, 32)),
+}
+
+
+def moved(rows: StoredRows) -> StoredRows:
+    bias = None if rows.bias is None else rows.bias.to(DEVICE)
+    return dataclasses.replace(
+        rows, key=rows.key.to(DEVICE), value=rows.value.to(DEVICE), bias=bias
+    )
+
+
+@contextmanager
+def reachable(tensors: list[Tensor]) -> Iterator[None]:
+    """The interpreter lets kernels read these, whose addresses stand in a table."""
+    interpreter_memory.REACHABLE.extend(tensors)
+    try:
+        yield
+    finally:
+        interpreter_memory.REACHABLE.clear()
+
+
+def check(
+    query: Tensor, stored: list[StoredRows], dtype: torch.dtype, programs: int
+) -> tuple[Tensor, Tensor]:
+    """Against the reference in float64 on the same rounded inputs."""
+    given = [cast(rows, dtype) for rows in stored]
+    exact = decode_reference.decode(
+        query.to(dtype).double(), [cast(rows, torch.float64) for rows in given], scale=0.2
+    )
+    there = [moved(rows) for rows in given]
+    tensors = [t for rows in there for t in (rows.key, rows.value, rows.bias) if t is not None]
+    with reachable(tensors):
+        found = decode_triton._decode(query.to(dtype).to(DEVICE), there, 0.2, programs)
+    assert found[0].dtype == dtype
+    torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=0, atol=2 * DTYPES[dtype])
+    torch.testing.assert_close(found[1].cpu().double(), exact[1], rtol=0, atol=2e-5)
+    return found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("programs", [1, 12], ids=["whole", "split"])
+def test_the_engine_agrees_with_the_reference(name: str, programs: int, padded: bool) -> None:
+    lengths, group, queries, sizes = LAYERS[name]
+    query, stored = layer(lengths, group=group, queries=queries, sizes=sizes, padded=padded)
+    check(query, stored, torch.float32, programs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_round_only_inputs_and_outputs(dtype: torch.dtype) -> None:
+    query, stored = layer([((0, 1), 600)], group=3, queries=1, padded=True)
+    check(query, stored, dtype, 12)
+
+
+def test_a_query_that_sees_nothing_gets_nothing() -> None:
+    query, (rows,) = layer([((0,), 40)], group=2, queries=1, batch=1, padded=True)
+    assert rows.bias is not None
+    rows.bias.fill_(float("-inf"))
+    output, log_mass = check(query, [rows], torch.float32, 1)
+    assert (output == 0).all()
+    assert (log_mass == float("-inf")).all()
+
+
+def test_bad_input_is_refused() -> None:
+    query, (rows,) = layer([((0,), 40)], group=2, queries=1)
+    with pytest.raises(ValueError, match="computes in"):
+        decode_triton.decode(query, [rows], scale=1.0)
+    single = cast(rows, torch.float32)
+    strange = dataclasses.replace(single, bias=torch.zeros(rows.key.shape[:3]).double())
+    with pytest.raises(ValueError, match="bias must be float32"):
+        decode_triton.decode(query.float(), [strange], scale=1.0)
+    there = moved(single)
+    there = dataclasses.replace(there, key=there.key.to("meta"))
+    with pytest.raises(ValueError, match="stored rows are on meta, the query on"):
+        decode_triton.decode(query.float().to(DEVICE), [there], scale=1.0)
