@@ -102,9 +102,9 @@ def interleaved(
     baseline()
     times, bases = [], []
     for _ in range(repeats):
-        bases.append(_timed(baseline))
+        bases.append(timed(baseline))
         with context():
-            times.append(_timed(run))
+            times.append(timed(run))
     dense_ms = statistics.median(bases)
     ratios = sorted(t / b for t, b in zip(times, bases, strict=True))
     low, middle, high = (quantile(ratios, q) * dense_ms for q in (0.25, 0.5, 0.75))
@@ -114,7 +114,19 @@ def interleaved(
 def median_ms(run: Callable[[], object], repeats: int) -> float:
     """Median time of `run`, after one call that warms up."""
     run()
-    return statistics.median(_timed(run) for _ in range(repeats))
+    return statistics.median(timed(run) for _ in range(repeats))
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Time of one call in ms, with all that it starts on a GPU."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
+    if synchronize is not None:
+        synchronize()
+    begin = time.perf_counter()
+    run()
+    if synchronize is not None:
+        synchronize()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -135,17 +147,6 @@ def device_name(device: torch.device) -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _timed(run: Callable[[], object]) -> float:
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
-    if synchronize is not None:
-        synchronize()
-    begin = time.perf_counter()
-    run()
-    if synchronize is not None:
-        synchronize()
-    return (time.perf_counter() - begin) * 1e3
 
 
 def _check(output: Tensor, exact: Tensor, assignment: Sequence[Approximation]) -> None:
