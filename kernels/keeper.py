@@ -23,7 +23,9 @@ from torch import Tensor
 from attnplan.kernels.approximation import Fitted, Moments
 
 SLACK = 32
-"""Rows that may accumulate before a past is condensed."""
+"""Fewest rows that accumulate before a past is condensed; all keepers condense at multiples."""
+SLACK_SHARE = 16
+"""Part of the rows that may accumulate where there are many: condensing costs as much as them."""
 SHARES = (32, 16, 8, 4, 3, 2)
 """Parts of a context that are worth storing."""
 
@@ -110,9 +112,14 @@ class Keeper(ABC):
     def choices(cls, context: int) -> Iterator[Self]:
         """The settings worth trying for texts of `context` tokens."""
         for share in SHARES:
-            keeper = cls.of(context // share - SLACK)
+            keeper = cls.of(limit_within(context // share))
             if keeper is not None:
                 yield keeper
+
+    @property
+    def slack(self) -> int:
+        """Rows beyond the limit that accumulate before the past is condensed again."""
+        return SLACK if self.limit is None else slack_of(self.limit)
 
     @abstractmethod
     def condense(self, past: Past) -> Past:
@@ -176,6 +183,19 @@ class BoundedKeeper(Keeper):
     def merged(self, old: Past) -> Past:
         """`more - chosen` pseudo-keys for rows that do not stay."""
         raise NotImplementedError
+
+
+def slack_of(limit: int) -> int:
+    """The slack of a keeper with this limit."""
+    return max(SLACK, limit // SLACK_SHARE // SLACK * SLACK)
+
+
+def limit_within(rows: int) -> int:
+    """The largest limit that fits into `rows` rows together with its slack."""
+    limit = rows - SLACK
+    while limit > 0 and limit + slack_of(limit) > rows:
+        limit -= 1
+    return limit
 
 
 def is_sink(past: Past, sinks: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What one layer stores while it decodes: for every kv head the rows that its keeper keeps.
 
 Kv heads with the same keeper share tensors, which are allocated ahead: a new token is written in
-place. The past is condensed after attention, whenever it has outgrown its limit by `SLACK` rows.
+place. The past is condensed after attention, whenever it has outgrown its limit by the
+keeper's slack.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SCORES = 1 << 24
 def capacity(keeper: Keeper, rows: int) -> int:
     """Rows that are allocated where `rows` are in use, or would be without condensing."""
     rounded = -(-(rows + 1) // QUANTUM) * QUANTUM
-    return rounded if keeper.limit is None else min(rounded, keeper.limit + SLACK)
+    return rounded if keeper.limit is None else min(rounded, keeper.limit + keeper.slack)
 
 
 def row_bytes(keeper: Keeper, head_dim: int, value_dim: int, element_size: int) -> int:
@@ -74,7 +75,7 @@ class _Group:
     @property
     def is_due(self) -> bool:
         limit = self.keeper.limit
-        return limit is not None and self.length >= limit + SLACK
+        return limit is not None and self.length >= limit + self.keeper.slack
 
     def append(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
         """Add rows of the whole layer; `padding` is true where a row is none."""
@@ -124,21 +125,25 @@ class _Group:
         if self.attention is None:
             return
         key, length = self.key[:, :, : self.length], self.length
-        query = query.unflatten(1, (-1, group))[:, self.heads]
+        query = query.unflatten(1, (-1, group))[:, self.heads].float() * self.scale
         count = query.shape[3]
-        row = torch.arange(length, device=key.device)
         paid = torch.zeros_like(self.attention[:, :, :length])
         decay = 0.5 ** (1 / HALF_LIFE)
+        wide, old = key.float().mT, length - count
+        newer = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
         step = max(1, SCORES // (query[..., 0, 0].numel() * length))
         for first in range(0, count, step):
-            some = torch.arange(first, min(first + step, count), device=key.device)
-            logits = query[:, :, :, some].float() @ key[:, :, None].float().mT * self.scale
+            some = slice(first, min(first + step, count))
+            logits = query[:, :, :, some].flatten(2, 3) @ wide  # [batch, kv_heads, queries, rows]
             if self.bias is not None:
-                logits = logits + self.bias[:, :, None, None, :length]
-            logits = logits.masked_fill(row > (length - count + some)[:, None], float("-inf"))
-            weight = decay ** (count - 1 - some).float()
-            seen = logits.softmax(-1).nan_to_num_(0.0)  # a query of padding sees nothing
-            paid += torch.einsum("bhgqr,q->bhr", seen, weight) / seen.shape[2]
+                logits += self.bias[:, :, None, :length]
+            logits[..., old:].masked_fill_(newer[some].repeat(group, 1), float("-inf"))
+            age = torch.arange(count - 1 - some.start, count - 1 - some.stop, -1, device=key.device)
+            weight = (decay ** age.float()).repeat(group) / group
+            seen = logits.softmax(-1)
+            if self.bias is not None:
+                seen.nan_to_num_(0.0)  # a query of padding sees nothing
+            paid += weight @ seen
         before, after = (
             self._queries_that_saw(n, length - c)
             for n, c in ((self.observed, count), (self.observed + count, 0))
@@ -165,7 +170,7 @@ class _Group:
         past = Past(*rows, bias, paid, self.kv_heads, self.scale, self.fitted)
         kept = self.keeper.condense(past)
         self.length = self.settled = kept.rows
-        room = self.keeper.limit + SLACK
+        room = self.keeper.limit + self.keeper.slack
         if self.key.shape[2] != room:
             for name in ("key", "value", "bias", "attention"):
                 old = getattr(self, name)

@@ -26,7 +26,7 @@ from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
 from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keeper import Past
-from attnplan.kernels.slot_chunks import lloyd, pick, take
+from attnplan.kernels.slot_chunks import pick, take
 
 STEPS = 3
 
@@ -76,13 +76,17 @@ class Clusters(Observed):
         seed, _ = pick(weight, self.clusters, 0.5)
         # clustering again what was clustered before is nearly done from the start
         steps = STEPS if old.rows > 2 * self.more else 1
-        member = lloyd(points, weight.sqrt(), take(points, seed), steps) * weight[..., None]
-        mass = member.sum(-2)
-        share = member.mT / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
-        centre = share @ torch.where(weight[..., None] > 0, key, 0)
-        pooled = share @ torch.where(weight[..., None] > 0, value, 0)
+        cluster = nearest(points, weight.sqrt(), take(points, seed), steps)
+        is_row = weight[..., None] > 0
+        heavy = torch.where(is_row, torch.cat([key, value], -1), 0) * weight[..., None]
+        sums = gathered(heavy, cluster, self.clusters)
+        mass = gathered(weight[..., None], cluster, self.clusters)
+        centre, pooled = (sums / mass.clamp(min=torch.finfo(mass.dtype).tiny)).split(
+            [key.shape[3], value.shape[3]], -1
+        )
+        mass = mass[..., 0]
         bias = mass.log() + shift - (centre * mean[:, None]).sum(-1) * old.scale
-        paid = (member > 0).to(old.attention.dtype).mT @ old.attention[..., None]
+        paid = gathered(old.attention[..., None] * is_row, cluster, self.clusters)
         return old.replaced(
             centre.to(old.key.dtype), pooled.to(old.value.dtype), bias, paid[..., 0]
         )
@@ -93,3 +97,36 @@ class Clusters(Observed):
         mean = moments.query_mean.float().unflatten(0, (kv_heads, -1)).mean(1)
         gram = moments.query_gram.double().unflatten(0, (kv_heads, -1)).mean(1)
         return {"clusters.query_mean": mean, "clusters.metric": root(gram).float()}
+
+
+def nearest(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tensor:
+    """The cluster of every point after weighted Lloyd steps, int64 [..., points].
+
+    As `slot_chunks.lloyd`, whose one-hot matrices would cost more than the distances here.
+
+    Args:
+        points: [..., points, dim].
+        weight: [..., points].
+        centre: [..., clusters, dim], where the clusters begin.
+        steps: at least 1.
+    """
+    while True:
+        # |x - c|^2 / 2 without |x|^2, which is the same for all centres
+        distance = 0.5 * (centre * centre).sum(-1)[..., None, :] - points @ centre.mT
+        cluster = distance.argmin(-1)
+        steps -= 1
+        if steps == 0:
+            return cluster
+        total = gathered(weight[..., None], cluster, centre.shape[-2])
+        moved = gathered(points * weight[..., None], cluster, centre.shape[-2])
+        # an empty cluster stays where it is
+        centre = torch.where(total > 0, moved / total.clamp(min=1e-30), centre)
+
+
+def gathered(rows: Tensor, cluster: Tensor, clusters: int) -> Tensor:
+    """Sums of the rows [..., rows, dim] of every cluster, [..., clusters, dim]."""
+    sums = rows.new_zeros(*rows.shape[:-2], clusters, rows.shape[-1])
+    offset = clusters * torch.arange(sums[..., 0, 0].numel(), device=rows.device)
+    place = cluster + offset.view(*rows.shape[:-2], 1)
+    sums.flatten(0, -2).index_add_(0, place.flatten(), rows.flatten(0, -2))
+    return sums

@@ -1,0 +1,155 @@
+"""What a generated token costs a layer, cache update and attention, beside transformers' own.
+
+Both sides run what a model's attention modules call: the cache's `update` and the attention
+function. They take turns, token by token, after the same prompt of real text, in so many layers
+that their caches do not fit into that of the processor, as in a model. The time in which a past is
+condensed is part of the token that it falls on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from attnplan import runtime
+from attnplan.cache import LAYER, convert, stored_bytes
+from attnplan.kernels import keepers
+from attnplan.kernels.approximation import Fitted
+from attnplan.kernels.benchmark import quantile, timed
+from attnplan.kernels.keeper import Keeper
+from attnplan.profiles.capture import LayerCapture
+
+WARM_UP = 8
+"""Tokens that are not timed."""
+STEPS = 256
+"""Tokens that show what condensing costs."""
+BEYOND = 100 << 20
+"""Bytes of dense caches that no processor's own cache holds."""
+
+
+@dataclass(frozen=True)
+class DecodeTiming:
+    """One layer and one token, in ms.
+
+    Attributes:
+        kept: the keepers of the layer, spelled.
+        median_ms, q25_ms, q75_ms: of a token under the plan.
+        mean_ms: the same with what condensing costs now and then.
+        dense_median_ms, dense_mean_ms: of transformers' DynamicCache and SDPA, in the same run.
+        share: bytes of the cache afterwards over those of the dense one, from tensor storage.
+        layers: that took part.
+        steps: tokens of each side.
+    """
+
+    kept: str
+    median_ms: float
+    q25_ms: float
+    q75_ms: float
+    mean_ms: float
+    dense_median_ms: float
+    dense_mean_ms: float
+    share: float
+    layers: int
+    steps: int
+
+
+def spell(row: Sequence[Keeper]) -> str:
+    """The kv heads of a layer, whatever their order: '2 x recent(...) | 1 x full()'."""
+    counts = Counter(keepers.key(keeper) for keeper in row)
+    return " | ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
+
+
+def some_layers(captured: Sequence[LayerCapture]) -> list[LayerCapture]:
+    """Layers at equal distances, so many that their dense caches exceed `BEYOND`, or all."""
+    first = captured[0]
+    size = (first.key.numel() + first.value.numel()) * first.key.element_size()
+    count = min(len(captured), -(-BEYOND // size))
+    return [captured[(2 * i + 1) * len(captured) // (2 * count)] for i in range(count)]
+
+
+def measure_decoding(
+    layers: Sequence[LayerCapture],
+    row: Sequence[Keeper],
+    fitted: Mapping[int, Fitted],
+    *,
+    steps: int = STEPS,
+) -> DecodeTiming:
+    """Time tokens that follow a prompt, under some keepers and dense in turn.
+
+    Args:
+        layers: of one text, which is the prompt; its last tokens follow it once more.
+        row: one keeper for each kv head, the same in all layers.
+        fitted: calibrated data by layer.
+        steps: timed tokens of each side.
+    """
+    sides = _Side(layers, tuple(row), fitted), _Side(layers, None, fitted)
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(WARM_UP + steps):
+        for side, found in zip(sides, times, strict=True):
+            found.append(timed(side.step(number)) / len(layers))
+    kept, base = (sorted(found[WARM_UP:]) for found in times)
+    held, held_dense = (stored_bytes(side.cache) for side in sides)
+    return DecodeTiming(
+        kept=spell(row),
+        median_ms=quantile(kept, 0.5),
+        q25_ms=quantile(kept, 0.25),
+        q75_ms=quantile(kept, 0.75),
+        mean_ms=statistics.fmean(kept),
+        dense_median_ms=quantile(base, 0.5),
+        dense_mean_ms=statistics.fmean(base),
+        share=held / held_dense,
+        layers=len(layers),
+        steps=steps,
+    )
+
+
+class _Side:
+    """A cache after the prompt, and what attention modules would call for each token more."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerCapture],
+        row: tuple[Keeper, ...] | None,
+        fitted: Mapping[int, Fitted],
+    ) -> None:
+        self.layers = layers
+        self.cache: Any = DynamicCache()
+        self.attention: Callable[..., Any] = sdpa_attention_forward
+        group = layers[0].query.shape[1] // layers[0].key.shape[1]
+        self.module: Any = SimpleNamespace(is_causal=True, num_key_value_groups=group)
+        if row is not None:
+            kept = {i: (row, fitted.get(layer.layer, {})) for i, layer in enumerate(layers)}
+            convert(self.cache, kept)
+            state = runtime.ModelState.of([], {}, [], 1, keepers=(row,))
+            setattr(self.module, runtime.ATTRIBUTE, runtime.LayerState(state, 0))
+            self.attention = runtime.attention
+        for i, layer in enumerate(layers):
+            key, _ = self.cache.update(layer.key, layer.value, i)
+            if row is not None:
+                getattr(key, LAYER).settle(layer.query, layer.scale, None)
+
+    def step(self, number: int) -> Callable[[], None]:
+        """The calls for one token more."""
+        length = self.layers[0].key.shape[2]
+        at = length - 1 - number % length
+        tokens = [
+            [t[:, :, at : at + 1].contiguous() for t in (layer.query, layer.key, layer.value)]
+            for layer in self.layers
+        ]
+
+        @torch.no_grad()
+        def run() -> None:
+            for i, (query, key, value) in enumerate(tokens):
+                keys, values = self.cache.update(key, value, i)
+                scale = self.layers[i].scale
+                self.attention(self.module, query, keys, values, None, scaling=scale)
+
+        return run
