@@ -13,6 +13,15 @@
 namespace {
 
 constexpr int64_t TILE = 64;  // rows scored at once
+constexpr int PANEL = 4;      // vectors of a value that are summed at once
+constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched
+
+// Ask for what will be read soon: the processor's own prefetcher stops at every page.
+template <class T>
+inline void fetch(const T* row, int64_t vectors) {
+    for (int64_t at = 0; at < vectors * W * (int64_t)sizeof(T); at += 64)
+        __builtin_prefetch((const char*)row + AHEAD + at);
+}
 
 struct Head {  // one kv head: strides in elements; the last dimension is contiguous
     const void* key;
@@ -64,6 +73,7 @@ struct Decoder {
         vec part[N][W];
         for (int j = 0; j < W; j++) {
             const T* row = key + std::min<int64_t>(j, keys - 1) * stride;
+            fetch(row, depth / W);
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) part[n][j] = vec{};
             for (int64_t d = 0; d < depth; d += W) {
@@ -116,24 +126,44 @@ struct Decoder {
             own[1] = own[1] * fade + reduce_add(mass);
             for (int64_t d = 0; d < width; d += W) store(own + 2 + d, load(own + 2 + d) * fade);
         }
-        for (int64_t d = 0; d < width; d += W) {
-            vec sum[N];
+        bool all = !bias && c.queries == 1;  // else a row that nobody sees may hold anything
+        float* sums = state + p * (width + 2) + 2;
+        for (int64_t d = 0; d < width; d += PANEL * W)
+            if (d + PANEL * W <= c.value_dim)
+                add_values<N, PANEL>(value + d, h.value_row, rows, weights, all, W, sums + d);
+            else
+                for (int64_t e = d; e < width; e += W)
+                    add_values<N, 1>(value + e, h.value_row, rows, weights, all, c.value_dim - e,
+                                     sums + e);
+    }
+
+    // Add weighted values of a tile to the numerators of N queries, P vectors of each.
+    template <int N, int P>
+    void add_values(const T* value, int64_t stride, int64_t rows, const float* weights, bool all,
+                    int64_t last, float* sums) const {
+        vec sum[N][P];
 #pragma GCC unroll 4
-            for (int n = 0; n < N; n++) sum[n] = vec{};
-            for (int64_t j = 0; j < rows; j++) {
-                bool any = false;  // a row that nobody sees may hold anything
+        for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-                for (int n = 0; n < N; n++) any |= weights[n * TILE + j] != 0;
-                if (!any) continue;
-                vec v = load_first(value + j * h.value_row + d, c.value_dim - d);
+            for (int i = 0; i < P; i++) sum[n][i] = load(sums + n * (width + 2) + i * W);
+        for (int64_t j = 0; j < rows; j++) {
+            fetch(value + j * stride, P);
+            bool any = all;
 #pragma GCC unroll 4
-                for (int n = 0; n < N; n++) sum[n] += v * weights[n * TILE + j];
-            }
-            for (int n = 0; n < N; n++) {
-                float* at = state + (p + n) * (width + 2) + 2 + d;
-                store(at, load(at) + sum[n]);
+            for (int n = 0; n < N; n++) any |= weights[n * TILE + j] != 0;
+            if (!any) continue;
+#pragma GCC unroll 4
+            for (int i = 0; i < P; i++) {
+                const T* at = value + j * stride + i * W;
+                vec v = P == 1 ? load_first(at, last) : load(at);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) sum[n][i] += v * weights[n * TILE + j];
             }
         }
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; i++) store(sums + n * (width + 2) + i * W, sum[n][i]);
     }
 
     void item(const Item& i, float* query, float* weights, float* state) const {
