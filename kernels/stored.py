@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+PAGE = 16
+"""Rows that are chosen together, where a list names pages."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class StoredRows:
         value: [batch, kv_heads, capacity, value_dim].
         bias: float32 [batch, kv_heads, capacity] or None for zero.
         length: rows in use, the first `length`; at least the number of queries.
+        pages: int32 [batch, kv_heads, ceil(length / PAGE)] or None: row i of the list is row
+            `i % PAGE` of page `pages[..., i // PAGE]` of the tensors.
     """
 
     kv_heads: tuple[int, ...]
@@ -30,6 +36,20 @@ class StoredRows:
     value: Tensor
     bias: Tensor | None
     length: int
+    pages: Tensor | None = None
+
+    def gathered(self) -> StoredRows:
+        """The same list without pages, copied into one piece."""
+        if self.pages is None:
+            return self
+        place = torch.arange(self.length, device=self.key.device)
+        index = PAGE * self.pages[..., place // PAGE].long() + place % PAGE
+        key, value = (
+            torch.gather(t, 2, index[..., None].expand(*index.shape, t.shape[3]))
+            for t in (self.key, self.value)
+        )
+        bias = None if self.bias is None else self.bias.gather(2, index)
+        return StoredRows(self.kv_heads, key, value, bias, self.length)
 
 
 def check(query: Tensor, stored: Sequence[StoredRows]) -> int:
@@ -57,6 +77,14 @@ def check(query: Tensor, stored: Sequence[StoredRows]) -> int:
             raise ValueError(f"query is {query.dtype}, the stored rows are {rows.key.dtype}")
         if rows.bias is not None and rows.bias.shape != shape:
             raise ValueError(f"bias is {list(rows.bias.shape)}, expected {list(shape)}")
+        pages = rows.pages
+        if pages is not None and (
+            pages.dtype != torch.int32 or pages.shape != (*shape[:2], -(-rows.length // PAGE))
+        ):
+            raise ValueError(
+                f"pages are {pages.dtype} {list(pages.shape)}, expected int32 "
+                f"{[*shape[:2], -(-rows.length // PAGE)]} for {rows.length} rows"
+            )
         if not queries <= rows.length <= shape[2]:
             raise ValueError(
                 f"{rows.length} rows are in use of {shape[2]}, with {queries} of them new"

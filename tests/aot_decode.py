@@ -2,7 +2,8 @@
 
     python tests/aot_decode.py 90:bf16:64:bias:16
 
-names architecture, dtype, head_dim, with biases or without, rows of a program.
+names architecture, dtype, head_dim, with `bias`, `pages`, both (`bias+pages`) or neither (`plain`),
+rows of a program.
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ from tests import aot
 from attnplan.kernels.engines import decode_triton as engine
 
 
-def source(dtype: str, head_dim: int, bias: bool, rows: int) -> ASTSource:
+def source(dtype: str, head_dim: int, kind: str, rows: int) -> ASTSource:
     """The kernel that reads one run of several, as a launch specialises it."""
     constants = engine.constants(
-        head_dim, head_dim, rows=rows, group=4, kv_heads=8, aligned=True, bias=bias, runs=True
+        head_dim,
+        head_dim,
+        rows=rows,
+        group=4,
+        kv_heads=8,
+        aligned=True,
+        bias="bias" in kind,
+        pages="pages" in kind,
+        runs=True,
     )
     types = {"scale_log2": "fp32", "table": "*i64", "query": f"*{dtype}"}
     types |= {"output": "*fp32", "log_mass": "*fp32"}
@@ -39,10 +48,10 @@ def source(dtype: str, head_dim: int, bias: bool, rows: int) -> ASTSource:
     return ASTSource(engine._attend, signature, constants, attributes)
 
 
-def report(arch: int, dtype: str, head_dim: int, bias: bool, rows: int) -> dict[str, int]:
+def report(arch: int, dtype: str, head_dim: int, kind: str, rows: int) -> dict[str, int]:
     """What the compiler made of one configuration."""
     options = engine.launch_options(head_dim, aot.DTYPES[dtype], rows=rows)
-    made = source(dtype, head_dim, bias, rows)
+    made = source(dtype, head_dim, kind, rows)
     kernel = compile(made, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.kernel)
@@ -61,5 +70,5 @@ def report(arch: int, dtype: str, head_dim: int, bias: bool, rows: int) -> dict[
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         arch, dtype, head_dim, kind, rows = argument.split(":")
-        made = report(int(arch), dtype, int(head_dim), kind == "bias", int(rows))
+        made = report(int(arch), dtype, int(head_dim), kind, int(rows))
         print(json.dumps(made), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnplan.kernels.engines import decode_cpu, decode_reference
-from attnplan.kernels.stored import StoredRows
+from attnplan.kernels.stored import PAGE, StoredRows
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 ENGINES: list[Callable[..., tuple[Tensor, Tensor]]] = [decode_cpu.decode, decode_cpu.decode_torch]
@@ -25,6 +26,7 @@ def layer(
     batch: int = 2,
     sizes: tuple[int, int] = (64, 64),
     padded: bool = False,
+    paged: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, list[StoredRows]]:
     """Queries, and rows of some groups of kv heads, with room to spare that holds garbage."""
@@ -43,15 +45,32 @@ def layer(
             hidden = min(3, length - queries)
             bias[0, :, :hidden] = float("-inf")
             value[0, :, :hidden] = float("nan")
-        stored.append(StoredRows(heads, key, value, bias if padded else None, length))
+        rows = StoredRows(heads, key, value, bias if padded else None, length)
+        stored.append(scattered(rows, generator) if paged else rows)
     heads = sum(len(names) for names, _ in lengths) * group
     return randn(batch, heads, queries, sizes[0]), stored
 
 
+def scattered(rows: StoredRows, generator: torch.Generator) -> StoredRows:
+    """The same list, its rows on pages in any order, with garbage between."""
+    batch, heads, length = *rows.key.shape[:2], rows.length
+    used = -(-length // PAGE)
+    order = torch.rand(batch, heads, used + 3, generator=generator).argsort(-1)[..., :used]
+    row = torch.arange(length)
+    place = PAGE * order[..., row // PAGE] + row % PAGE
+
+    def spread(old: Tensor) -> Tensor:
+        new = torch.full((batch, heads, PAGE * (used + 3), *old.shape[3:]), float("nan")).to(old)
+        index = place.view(*place.shape, *[1] * (old.ndim - 3)).expand_as(old[:, :, :length])
+        return new.scatter(2, index, old[:, :, :length])
+
+    bias = None if rows.bias is None else spread(rows.bias)
+    key, value = spread(rows.key), spread(rows.value)
+    return StoredRows(rows.kv_heads, key, value, bias, length, order.int())
+
+
 def cast(rows: StoredRows, dtype: torch.dtype) -> StoredRows:
-    return StoredRows(
-        rows.kv_heads, rows.key.to(dtype), rows.value.to(dtype), rows.bias, rows.length
-    )
+    return replace(rows, key=rows.key.to(dtype), value=rows.value.to(dtype))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -62,6 +81,7 @@ def cast(rows: StoredRows, dtype: torch.dtype) -> StoredRows:
     queries=st.integers(1, 9),
     dims=st.tuples(st.sampled_from([16, 40, 64, 80]), st.sampled_from([16, 33, 64, 96])),
     padded=st.booleans(),
+    paged=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=12, deadline=None)
@@ -73,13 +93,16 @@ def test_engines_agree_with_the_reference(
     queries: int,
     dims: tuple[int, int],
     padded: bool,
+    paged: bool,
     seed: int,
 ) -> None:
-    """Ragged kv heads, any group, several new tokens, padding, values of another width."""
+    """Ragged kv heads, any group, new tokens, padding, pages, values of another width."""
     queries = min(queries, *lengths)
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = [((head,), length) for head, length in zip(order, lengths, strict=True)]
-    query, stored = layer(parts, group=group, queries=queries, sizes=dims, padded=padded, seed=seed)
+    query, stored = layer(
+        parts, group=group, queries=queries, sizes=dims, padded=padded, paged=paged, seed=seed
+    )
     low, stored = query.to(dtype), [cast(rows, dtype) for rows in stored]
     wide = [cast(rows, torch.float64) for rows in stored]
     expected, mass = decode_reference.decode(low.double(), wide, scale=0.3)
@@ -127,3 +150,19 @@ def test_what_does_not_fit_is_refused() -> None:
     more = query.float().expand(2, 2, 9, 64)
     with pytest.raises(ValueError, match="5 rows are in use of 12, with 9 of them new"):
         decode_cpu.decode(more, [cast(rows, torch.float32) for rows in stored], scale=1.0)
+    paged = layer([((0,), 40), ((1,), 5)], group=1, queries=1, paged=True)[1]
+    short = replace(paged[0], pages=paged[0].pages[..., :2])  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"expected int32 \[2, 1, 3\] for 40 rows"):
+        decode_cpu.decode(query, [short, paged[1]], scale=1.0)
+
+
+def test_pages_are_a_list_of_rows() -> None:
+    """What the oracle reads of pages is what they were made from."""
+    plain, paged = (
+        layer([((0, 1), 77)], group=1, queries=1, padded=True, paged=paged)[1][0]
+        for paged in (False, True)
+    )
+    found = paged.gathered()
+    for name in ("key", "value", "bias"):
+        expected = getattr(plain, name)[:, :, :77]
+        assert torch.equal(getattr(found, name).nan_to_num(), expected.nan_to_num())

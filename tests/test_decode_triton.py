@@ -17,6 +17,7 @@ from attnplan.kernels.stored import StoredRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TENSORS = ("key", "value", "bias", "pages")
 Lengths = list[tuple[tuple[int, ...], int]]
 LAYERS: dict[str, tuple[Lengths, int, int, tuple[int, int]]] = {
     "one-row": ([((0,), 1)], 1, 1, (16, 16)),
@@ -28,10 +29,9 @@ LAYERS: dict[str, tuple[Lengths, int, int, tuple[int, int]]] = {
 
 
 def moved(rows: StoredRows) -> StoredRows:
-    bias = None if rows.bias is None else rows.bias.to(DEVICE)
-    return dataclasses.replace(
-        rows, key=rows.key.to(DEVICE), value=rows.value.to(DEVICE), bias=bias
-    )
+    tensors = {name: getattr(rows, name) for name in TENSORS}
+    there = {name: t if t is None else t.to(DEVICE) for name, t in tensors.items()}
+    return dataclasses.replace(rows, **there)
 
 
 @contextmanager
@@ -53,8 +53,8 @@ def check(
         query.to(dtype).double(), [cast(rows, torch.float64) for rows in given], scale=0.2
     )
     there = [moved(rows) for rows in given]
-    tensors = [t for rows in there for t in (rows.key, rows.value, rows.bias) if t is not None]
-    with reachable(tensors):
+    tensors = [getattr(rows, name) for rows in there for name in TENSORS]
+    with reachable([t for t in tensors if t is not None]):
         found = decode_triton._decode(query.to(dtype).to(DEVICE), there, 0.2, programs)
     assert found[0].dtype == dtype
     torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=0, atol=2 * DTYPES[dtype])
@@ -69,6 +69,17 @@ def test_the_engine_agrees_with_the_reference(name: str, programs: int, padded: 
     lengths, group, queries, sizes = LAYERS[name]
     query, stored = layer(lengths, group=group, queries=queries, sizes=sizes, padded=padded)
     check(query, stored, torch.float32, programs)
+
+
+@pytest.mark.parametrize("name", ["ragged", "several-queries"])
+def test_pages_are_looked_up(name: str) -> None:
+    """In some kv heads; others lie in one piece."""
+    lengths, group, queries, sizes = LAYERS[name]
+    query, stored = layer(
+        lengths, group=group, queries=queries, sizes=sizes, padded=True, paged=True
+    )
+    stored[1] = stored[1].gathered()
+    check(query, stored, torch.float32, 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t TILE = 64;  // rows scored at once
+constexpr int64_t PAGE = 16;  // rows that lie together
 constexpr int PANEL = 4;      // vectors of a value that are summed at once
 constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched
 
@@ -26,8 +27,14 @@ inline void fetch(const T* row, int64_t vectors) {
 struct Head {  // one kv head: strides in elements; the last dimension is contiguous
     const void* key;
     const void* value;
-    const float* bias;  // or null
-    int64_t key_batch, key_row, value_batch, value_row, bias_batch, rows, index;
+    const float* bias;     // or null
+    const int32_t* pages;  // or null
+    int64_t key_batch, key_row, value_batch, value_row, bias_batch, pages_batch, rows, index;
+
+    // Where row `i` of the list lies, the first of a page or of any tile.
+    int64_t place(int64_t batch, int64_t i) const {
+        return pages ? PAGE * pages[batch * pages_batch + i / PAGE] + i % PAGE : i;
+    }
 };
 
 struct DecodeCall {
@@ -89,12 +96,13 @@ struct Decoder {
     template <int N>
     void tile(const Head& h, const float* query, int64_t p, int64_t batch, int64_t first,
               int64_t rows, float* state, float* weights) const {
-        const T* key = (const T*)h.key + batch * h.key_batch + first * h.key_row;
-        const float* bias = h.bias ? h.bias + batch * h.bias_batch + first : nullptr;
+        const T* key = (const T*)h.key + batch * h.key_batch;
+        const float* bias = h.bias ? h.bias + batch * h.bias_batch : nullptr;
         for (int64_t j = 0; j < rows; j += W) {
             vec dots[N];
-            score<N>(query + p * depth, key + j * h.key_row, h.key_row, rows - j, dots);
-            vec more = bias ? load_first(bias + j, rows - j) : vec{};
+            int64_t at = h.place(batch, first + j);  // W rows are of one page
+            score<N>(query + p * depth, key + at * h.key_row, h.key_row, rows - j, dots);
+            vec more = bias ? load_first(bias + at, rows - j) : vec{};
             for (int n = 0; n < N; n++) {
                 int64_t seen = h.rows - c.queries + (p + n) % c.queries + 1 - first - j;
                 seen = std::min(seen, rows - j);
@@ -104,7 +112,7 @@ struct Decoder {
             }
         }
         int64_t whole = (rows + W - 1) / W * W;
-        const T* value = (const T*)h.value + batch * h.value_batch + first * h.value_row;
+        const T* value = (const T*)h.value + batch * h.value_batch;
         for (int n = 0; n < N; n++) {
             float* own = state + (p + n) * (width + 2);
             float* w = weights + n * TILE;
@@ -128,16 +136,22 @@ struct Decoder {
         }
         bool all = !bias && c.queries == 1;  // else a row that nobody sees may hold anything
         float* sums = state + p * (width + 2) + 2;
-        for (int64_t d = 0; d < width; d += PANEL * W)
-            if (d + PANEL * W <= c.value_dim)
-                add_values<N, PANEL>(value + d, h.value_row, rows, weights, all, W, sums + d);
-            else
-                for (int64_t e = d; e < width; e += W)
-                    add_values<N, 1>(value + e, h.value_row, rows, weights, all, c.value_dim - e,
-                                     sums + e);
+        int64_t together = h.pages ? PAGE : TILE;
+        for (int64_t j = 0; j < rows; j += together) {
+            int64_t some = std::min(together, rows - j);
+            const T* from = value + h.place(batch, first + j) * h.value_row;
+            const float* w = weights + j;
+            for (int64_t d = 0; d < width; d += PANEL * W)
+                if (d + PANEL * W <= c.value_dim)
+                    add_values<N, PANEL>(from + d, h.value_row, some, w, all, W, sums + d);
+                else
+                    for (int64_t e = d; e < width; e += W)
+                        add_values<N, 1>(from + e, h.value_row, some, w, all, c.value_dim - e,
+                                         sums + e);
+        }
     }
 
-    // Add weighted values of a tile to the numerators of N queries, P vectors of each.
+    // Add weighted values of some rows to the numerators of N queries, P vectors of each.
     template <int N, int P>
     void add_values(const T* value, int64_t stride, int64_t rows, const float* weights, bool all,
                     int64_t last, float* sums) const {

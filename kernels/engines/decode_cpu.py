@@ -16,7 +16,7 @@ from attnplan.kernels.stored import StoredRows, check
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RUN = 256
-"""Fewest rows of a head that are worth a work item of their own."""
+"""Fewest rows of a head that are worth a work item of their own; items have whole multiples."""
 
 
 def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,11 @@ class _Head(ctypes.Structure):
     """`Head` of decode.cpp, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("key", "value", "bias")),
+        *((name, ctypes.c_void_p) for name in ("key", "value", "bias", "pages")),
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("key_batch", "key_row", "value_batch", "value_row", "bias_batch"),
+                *("key_batch", "key_row", "value_batch", "value_row", "bias_batch", "pages_batch"),
                 *("rows", "index"),
             )
         ),
@@ -109,7 +109,8 @@ def _decode_compiled(
         bias = rows.bias
         if bias is not None and bias.stride(2) != 1:
             bias = bias.contiguous()
-        held += [key, value, bias]
+        pages = None if rows.pages is None else rows.pages.contiguous()
+        held += [key, value, bias, pages]
         size = key.element_size()
         for place, index in enumerate(rows.kv_heads):
             rows_of.append(
@@ -117,8 +118,10 @@ def _decode_compiled(
                     key.data_ptr() + place * key.stride(1) * size,
                     value.data_ptr() + place * value.stride(1) * size,
                     None if bias is None else bias.data_ptr() + place * bias.stride(1) * 4,
+                    None if pages is None else pages.data_ptr() + place * pages.stride(1) * 4,
                     *(key.stride(0), key.stride(2), value.stride(0), value.stride(2)),
                     0 if bias is None else bias.stride(0),
+                    0 if pages is None else pages.stride(0),
                     *(rows.length, index),
                 )
             )
@@ -127,7 +130,7 @@ def _decode_compiled(
     table = (_Head * len(rows_of))(*rows_of)
     call = _Call(
         *(DTYPES[query.dtype], batch, len(rows_of), group, queries, head_dim, value_dim),
-        *(threads, max(RUN, -(-total // (4 * threads)))),
+        *(threads, max(RUN, -(-total // (4 * threads * RUN)) * RUN)),
         scale,
         _Strided(query.data_ptr(), *query.stride()[:3]),
         _Strided(output.data_ptr(), *output.stride()[:3]),
@@ -148,7 +151,7 @@ def decode_torch(
     output = query.new_empty(batch, queries, heads, stored[0].value.shape[3]).transpose(1, 2)
     device = query.device
     lse = torch.empty(batch, heads, queries, device=device)
-    for rows in stored:
+    for rows in (some.gathered() for some in stored):
         of = [h * group + g for h in rows.kv_heads for g in range(group)]
         packed = query[:, of].float().unflatten(1, (-1, group)).flatten(2, 3) * scale
         key, value = (t[:, :, : rows.length].float() for t in (rows.key, rows.value))

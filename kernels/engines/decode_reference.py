@@ -34,7 +34,7 @@ def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tupl
     value_dim = stored[0].value.shape[3]
     output = query.new_zeros(batch, heads, queries, value_dim)
     log_mass = query.new_zeros(batch, heads, queries)
-    for rows in stored:
+    for rows in (some.gathered() for some in stored):
         of = [h * group + g for h in rows.kv_heads for g in range(group)]
         key, value = (
             t[:, :, : rows.length].repeat_interleave(group, 1) for t in (rows.key, rows.value)

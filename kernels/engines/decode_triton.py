@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnplan.kernels.engines.triton import DTYPES, LN2, LOG2E, _add, _softmax
-from attnplan.kernels.stored import StoredRows, check
+from attnplan.kernels.stored import PAGE, StoredRows, check
 
 RUN = 256
 """Fewest rows of a kv head that are worth a program of their own."""
@@ -28,7 +28,8 @@ PROGRAMS = 2
 """Of each multiprocessor, to hide each other's latency."""
 MULTIPROCESSORS = 132
 """Of an H100; the interpreter cuts as for one."""
-COLUMNS = tl.constexpr(12)
+COLUMNS = tl.constexpr(14)
+ROWS_OF_PAGE = tl.constexpr(PAGE)
 LOW = tl.constexpr(-1.0e30)  # the shift of nothing, finite: -inf - -inf is no number
 
 
@@ -77,6 +78,7 @@ def _decode(
     runs = table[-1][0] + table[-1][1]
     has = {
         "bias": any(rows.bias is not None for rows in stored),
+        "pages": any(rows.pages is not None for rows in stored),
         "runs": runs > heads // group,
     }
     cells = torch.tensor(table, dtype=torch.int64, pin_memory=query.is_cuda)
@@ -113,6 +115,7 @@ def constants(
     kv_heads: int,
     aligned: bool,
     bias: bool,
+    pages: bool,
     runs: bool,
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for, beside dtypes."""
@@ -128,6 +131,7 @@ def constants(
         "ROWS": rows,
         "IS_ALIGNED": aligned,
         "HAS_BIAS": bias,
+        "HAS_PAGES": pages,
         "HAS_RUNS": runs,
     }
 
@@ -165,7 +169,8 @@ def _table(stored: Sequence[StoredRows], block: int, programs: int) -> list[list
     """What programs look up, for each kv head of the layer.
 
     The first of its runs, how many there are, rows of a run and of all; then address, batch stride
-    and row stride of its keys and of its values; address and batch stride of its bias, 0 if none.
+    and row stride of its keys and of its values; address and batch stride of its bias and of its
+    pages, 0 if none.
     """
     total = sum(rows.length * len(rows.kv_heads) for rows in stored)
     found = {}
@@ -179,10 +184,11 @@ def _table(stored: Sequence[StoredRows], block: int, programs: int) -> list[list
                 [t.data_ptr() + t.element_size() * place * t.stride(1), t.stride(0), t.stride(2)]
                 for t in (rows.key, rows.value)
             )
-            bias = [0, 0]
-            if rows.bias is not None:
-                bias = [rows.bias[:, place].data_ptr(), rows.bias.stride(0)]
-            found[head] = [*sizes, *key, *value, *bias]
+            bias, pages = (
+                [0, 0] if t is None else [t[:, place].data_ptr(), t.stride(0)]
+                for t in (rows.bias, rows.pages)
+            )
+            found[head] = [*sizes, *key, *value, *bias, *pages]
     table, first = [], 0
     for head in range(len(found)):
         table.append([first, *found[head]])
@@ -200,10 +206,10 @@ def _is_aligned(table: list[list[int]]) -> bool:
 def _readable(rows: StoredRows) -> StoredRows:
     """With whole vectors where the kernel expects them."""
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (rows.key, rows.value))
-    bias = rows.bias
-    if bias is not None and bias.stride(2) != 1:
-        bias = bias.contiguous()
-    return replace(rows, key=key, value=value, bias=bias)
+    bias, pages = (
+        t if t is None or t.stride(2) == 1 else t.contiguous() for t in (rows.bias, rows.pages)
+    )
+    return replace(rows, key=key, value=value, bias=bias, pages=pages)
 
 
 def _check(query: Tensor, stored: Sequence[StoredRows]) -> None:
@@ -217,7 +223,7 @@ def _check(query: Tensor, stored: Sequence[StoredRows]) -> None:
     for rows in stored:
         if rows.bias is not None and rows.bias.dtype != torch.float32:
             raise ValueError(f"bias must be float32, got {rows.bias.dtype}")
-        for tensor in (rows.key, rows.value, rows.bias):
+        for tensor in (rows.key, rows.value, rows.bias, rows.pages):
             if tensor is not None and tensor.device != query.device:
                 raise ValueError(f"stored rows are on {tensor.device}, the query on {query.device}")
 
@@ -229,7 +235,8 @@ def _attend(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    IS_ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNS: tl.constexpr,
+    IS_ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAGES: tl.constexpr,
+    HAS_RUNS: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -246,6 +253,10 @@ def _attend(
         bias_address = tl.load(table + 10)
         bias = bias_address.to(log_mass.dtype) + batch * tl.load(table + 11)
         biased = tl.where(bias_address == 0, 0, length)
+    if HAS_PAGES:
+        pages_address = tl.load(table + 12)
+        pages = pages_address.to(tl.pointer_type(tl.int32)) + batch * tl.load(table + 13)
+        paged = tl.where(pages_address == 0, 0, length)
 
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS], (head, query) of the group
     c = tl.arange(0, BLOCK)  # [BLOCK]
@@ -268,14 +279,18 @@ def _attend(
     for block in tl.range(start, tl.minimum(start + size, length), BLOCK):
         j = block + c
         is_row = j < length
-        keys = key + j.to(tl.int64)[:, None] * key_row + d[None, :]
+        place = j
+        if HAS_PAGES:
+            page = tl.load(pages + j // ROWS_OF_PAGE, mask=j < paged, other=0)
+            place = tl.where(j < paged, page * ROWS_OF_PAGE + j % ROWS_OF_PAGE, j)
+        keys = key + place.to(tl.int64)[:, None] * key_row + d[None, :]
         k = _load(keys, is_row, d, HEAD_DIM, BLOCK_D)
         logits = tl.dot(q, k.T, input_precision="ieee") * scale_log2
         if HAS_BIAS:
-            log_weight = tl.load(bias + j, mask=j < biased, other=0.0)
+            log_weight = tl.load(bias + place, mask=j < biased, other=0.0)
             is_row = is_row & (log_weight > float("-inf"))
             logits += log_weight[None, :] * LOG2E
-        values = value + j.to(tl.int64)[:, None] * value_row + e[None, :]
+        values = value + place.to(tl.int64)[:, None] * value_row + e[None, :]
         v = _load(values, is_row, e, VALUE_DIM, BLOCK_V)
         keep = is_row[None, :] & (j[None, :] <= newest[:, None])
         weights, rescale, shift = _softmax(tl.where(keep, logits, float("-inf")), 1.0, shift)
