@@ -92,6 +92,8 @@ class Keeper(ABC):
     """The attention of recent queries decides what stays."""
     merges: ClassVar[bool] = False
     """Some rows are pseudo-keys."""
+    reads: ClassVar[bool] = False
+    """A token reads a part of what is stored."""
 
     @property
     @abstractmethod
@@ -127,6 +129,20 @@ class Keeper(ABC):
 
         Rows of padding (bias -inf) stay only where there are too few others.
         """
+
+    def choose(
+        self, bounds: Tensor, query: Tensor, scale: float, length: int, first: Tensor | None
+    ) -> Tensor | None:
+        """The pages that one token reads, int32 [batch, kv_heads, n], the newest last; None: all.
+
+        Args:
+            bounds: [batch, kv_heads, pages, 2 head_dim], largest and smallest of each channel.
+            query: [batch, kv_heads, group, head_dim].
+            scale: factor before the softmax.
+            length: rows that the token sees.
+            first: int64 [batch], the first row that is no padding; None for 0.
+        """
+        return None
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:

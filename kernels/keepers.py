@@ -17,10 +17,13 @@ from attnplan.kernels.approximation import Moments
 from attnplan.kernels.keep.clusters import Clusters
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.observed import Observed
+from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
 
-KEEPERS: dict[str, type[Keeper]] = {cls.name: cls for cls in (Full, Recent, Observed, Clusters)}
+KEEPERS: dict[str, type[Keeper]] = {
+    cls.name: cls for cls in (Full, Recent, Observed, Clusters, Pages)
+}
 FULL = Full()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.decoding import decode
 from attnplan.kernels.keeper import SLACK, Keeper, Past
-from attnplan.kernels.stored import StoredRows
+from attnplan.kernels.stored import PAGE, StoredRows, bounds_of
 
 QUANTUM = 64
 """Rows that an allocation is rounded up to."""
@@ -38,6 +38,7 @@ def capacity(keeper: Keeper, rows: int) -> int:
 def row_bytes(keeper: Keeper, head_dim: int, value_dim: int, element_size: int) -> int:
     """Bytes of one stored row."""
     extra = 4 * keeper.merges + 4 * keeper.observes
+    extra += 2 * head_dim * element_size // PAGE * keeper.reads
     return (head_dim + value_dim) * element_size + extra
 
 
@@ -48,6 +49,8 @@ class _Group:
     Attributes:
         bias: None as long as all rows are exact keys of no padding.
         attention: None unless the keeper observes; averages over the queries that saw a row.
+        bounds: None unless the keeper reads a part; see `Keeper.choose`.
+        first: int64 [batch], where texts begin; None for 0.
         length: rows in use.
         settled: rows that the last condensing left.
         observed: queries whose attention was looked at.
@@ -61,6 +64,8 @@ class _Group:
     value: Tensor = field(init=False)
     bias: Tensor | None = None
     attention: Tensor | None = None
+    bounds: Tensor | None = None
+    first: Tensor | None = None
     length: int = 0
     settled: int = 0
     observed: int = 0
@@ -90,6 +95,12 @@ class _Group:
                 self.bias[:, :, rows].masked_fill_(padding[:, None], float("-inf"))
         if self.attention is not None:
             self.attention[:, :, rows] = 0
+        if self.bounds is not None:
+            if padding is not None and self.length == 0:
+                self.first = (~padding).long().argmax(-1)
+            page = self.length // PAGE  # its bounds are found again
+            found = bounds_of(self.key[:, :, page * PAGE : rows.stop])
+            self.bounds[:, :, page : page + found.shape[2]] = found
         self.length += new
 
     def _reserve(self, key: Tensor, value: Tensor, new: int, biased: bool) -> None:
@@ -99,21 +110,41 @@ class _Group:
             room = max(capacity(self.keeper, new), new)
             self.key = key.new_empty(batch, heads, room, key.shape[3])
             self.value = value.new_empty(batch, heads, room, value.shape[3])
-            self.bias = self.attention = None
+            self.bias = self.attention = self.bounds = self.first = None
             if self.keeper.observes:
                 self.attention = key.new_zeros(batch, heads, room, dtype=torch.float32)
+            if self.keeper.reads:
+                self.bounds = key.new_empty(batch, heads, room // PAGE, 2 * key.shape[3])
         elif self.length + new > self.key.shape[2]:
             self._resize(max(capacity(self.keeper, self.length + new), self.length + new))
         if biased and self.bias is None:
             self.bias = torch.zeros(self.key.shape[:3], dtype=torch.float32, device=key.device)
 
     def _resize(self, room: int) -> None:
-        for name in ("key", "value", "bias", "attention"):
+        for name in ("key", "value", "bias", "attention", "bounds"):
             old = getattr(self, name)
             if old is not None:
-                new = old.new_empty(*old.shape[:2], room, *old.shape[3:])
-                new[:, :, : self.length] = old[:, :, : self.length]
+                unit = PAGE if name == "bounds" else 1
+                new = old.new_empty(*old.shape[:2], room // unit, *old.shape[3:])
+                used = slice(-(-self.length // unit))
+                new[:, :, used] = old[:, :, used]
                 setattr(self, name, new)
+
+    def seen(self, query: Tensor, group: int, newer: int) -> StoredRows:
+        """The rows that one token reads.
+
+        Args:
+            query: [batch, heads, 1, head_dim] of the whole layer.
+            group: heads per kv head.
+            newer: tokens after it.
+        """
+        length, pages = self.length - newer, None
+        if self.bounds is not None:
+            own = query[:, :, 0].unflatten(1, (-1, group))[:, self.heads]
+            pages = self.keeper.choose(self.bounds, own, self.scale, length, self.first)
+        if pages is not None:
+            length += PAGE * (pages.shape[2] - -(-length // PAGE))
+        return StoredRows(self.kv_heads, self.key, self.value, self.bias, length, pages)
 
     def observe(self, query: Tensor, group: int) -> None:
         """Look at what queries pay to the rows.
@@ -182,7 +213,7 @@ class _Group:
                 tensor[:, :, : kept.rows] = getattr(kept, name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name in ("key", "value", "bias", "attention"):
+        for name in ("key", "value", "bias", "attention", "bounds", "first"):
             tensor = getattr(self, name, None)
             if tensor is not None:
                 yield name, tensor
@@ -252,9 +283,18 @@ class LayerStore:
             query: [batch, heads, tokens, head_dim].
 
         Returns:
-            [batch, heads, tokens, value_dim].
+            [batch, heads, tokens, value_dim]. Each token reads what it would read alone, if they
+            are few (`SLACK`); many tokens are a prompt, and read everything.
         """
-        return decode(query, self.stored, scale=self.scale)[0]
+        count = query.shape[2]
+        if count > SLACK or not any(group.keeper.reads for group in self._groups):
+            return decode(query, self.stored, scale=self.scale)[0]
+        size = query.shape[1] // len(self.keepers)
+        found = []
+        for number, token in enumerate(query.split(1, 2)):
+            seen = [group.seen(token, size, count - 1 - number) for group in self._groups]
+            found.append(decode(token, seen, scale=self.scale)[0])
+        return found[0] if count == 1 else torch.cat(found, 2)
 
     def settle(self, query: Tensor) -> None:
         """After attention: remember who was attended to, and condense what has become too long.

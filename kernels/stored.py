@@ -90,3 +90,16 @@ def check(query: Tensor, stored: Sequence[StoredRows]) -> int:
                 f"{rows.length} rows are in use of {shape[2]}, with {queries} of them new"
             )
     return heads // len(named)
+
+
+def bounds_of(key: Tensor) -> Tensor:
+    """Largest and smallest numbers of each page, [..., pages, 2 head_dim].
+
+    Args:
+        key: [..., rows, head_dim]; the last page may have fewer rows.
+    """
+    missing = -key.shape[-2] % PAGE
+    if missing:
+        key = torch.cat([key, key[..., -1:, :].expand(*key.shape[:-2], missing, -1)], -2)
+    paged = key.unflatten(-2, (-1, PAGE))
+    return torch.cat([paged.amax(-2), paged.amin(-2)], -1)

@@ -88,6 +88,9 @@ def search(
     max_memory: Annotated[
         str | None, typer.Option(help="KV cache: 0.5x of dense, or 512MiB.")
     ] = None,
+    max_decode: Annotated[
+        str | None, typer.Option(help="Of one generated token: 0.8x of dense, or 25ms.")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Nats per token.")] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="Perplexity over dense.")] = None,
     minimize: Annotated[str | None, typer.Option(help="kl, latency or memory.")] = None,
@@ -124,6 +127,7 @@ def search(
         max_density=max_density,
         max_latency=None if max_latency is None else parse_latency(max_latency),
         max_memory=None if max_memory is None else parse_memory(max_memory),
+        max_decode=None if max_decode is None else parse_latency(max_decode),
         max_kl=max_kl,
         max_ppl_ratio=max_ppl_ratio,
         minimize=minimize,  # type: ignore[arg-type]
@@ -145,7 +149,7 @@ def search(
         sequences=sequences,
         split="holdout" if holdout is None else "all",
     )
-    if budget.max_memory is not None:
+    if budget.max_memory is not None or budget.max_decode is not None:
         _search_memory(
             loaded, work, held_out, budget, db, out, trials, swaps, repeats, seed, only, json_
         )
@@ -219,6 +223,9 @@ def bench(
     model: Annotated[str | None, typer.Argument(help="As in `search`.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Tokens; may be repeated.")] = None,
     db: Database = DATABASE,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Time generated tokens after so many instead.")
+    ] = False,
     export: Annotated[Path | None, typer.Option(help="Write this store's timings here.")] = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="Add the timings of this file first.")
@@ -230,7 +237,11 @@ def bench(
     repeats: Repeats = 5,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Time every approximation on this device, beside dense attention, into the store."""
+    """Time every approximation on this device, beside dense attention, into the store.
+
+    With --decode, time what kv heads may keep while decoding, cache update included, beside
+    transformers' DynamicCache with SDPA.
+    """
     from attnplan.profiles.database import Store
     from attnplan.profiles.device_table import export_timings, import_timings
 
@@ -240,8 +251,12 @@ def bench(
         if import_ is not None:
             ERRORS.print(f"{import_timings(store, import_)} timings read from {import_}")
         if model is not None:
+            measure = _bench_decode if decode else _bench
             for length in context or [2048]:
-                _bench(model, store, data, length, seed, device, dtype, repeats, trust_remote_code)
+                loaded, work = _workload(
+                    model, data, length, 1, seed, device, dtype, trust_remote_code
+                )
+                measure(loaded, work, store, repeats)
         if export is not None:
             ERRORS.print(f"{export_timings(store, export)} timings written to {export}")
 
@@ -485,7 +500,12 @@ def _search_memory(
         files = capture_files(run_key(loaded, work), CAPTURES)
         if budget.max_density is not None or budget.max_latency is not None:
             request = Request(
-                replace(budget, max_memory=None), trials, swaps, repeats, seed, methods
+                replace(budget, max_memory=None, max_decode=None),
+                trials,
+                swaps,
+                repeats,
+                seed,
+                methods,
             )
             outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)
             if outcome.plan is None:
@@ -548,23 +568,13 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
         print(f"plan: {out}")
 
 
-def _bench(
-    model: str,
-    store: Any,
-    data: str,
-    context: int,
-    seed: int,
-    device: str,
-    dtype: str,
-    repeats: int,
-    trust_remote_code: bool,
-) -> None:
+def _bench(loaded: Any, work: Any, store: Any, repeats: int) -> None:
     from attnplan.explain import timing_rows
     from attnplan.profiling import capture_files, profile, run_key
     from attnplan.search.candidates import candidates
     from attnplan.timing import measure_device
 
-    loaded, work = _workload(model, data, context, 1, seed, device, dtype, trust_remote_code)
+    context = work.context
     shape = loaded.identity.prefill_shape(context)
     with Stages() as progress:
         progress.stage("Profiling", 2)
@@ -584,6 +594,33 @@ def _bench(
     headers, rows = timing_rows(store, loaded, costs, shape)
     print_table(f"{costs.device.name}, {context} tokens", headers, rows)
     print(f"cost model: {costs.fit.mape:.1%} mean error on mixtures it was not fitted to")
+
+
+def _bench_decode(loaded: Any, work: Any, store: Any, repeats: int) -> None:
+    from attnplan.decode_timing import STEPS, time_keepers
+    from attnplan.explain import DECODE_HEADERS, decode_rows
+    from attnplan.kernels import keepers
+    from attnplan.profiling import capture_files, fitted_tensors, profile, run_key
+    from attnplan.timing import this_device
+
+    rows = [(k,) * loaded.identity.kv_heads for k in keepers.choices(work.context)]
+    with Stages() as progress:
+        progress.stage("Profiling", 2)
+        files = capture_files(run_key(loaded, work), CAPTURES)
+        run = profile(loaded, work, store, files, progress.advance)
+        files.discard()
+        progress.stage(f"Timing tokens after {work.context}", len(rows))
+        timings = time_keepers(
+            loaded,
+            work,
+            store,
+            fitted_tensors(store, run.id),
+            rows,
+            steps=STEPS * repeats // 5,
+            advance=progress.advance,
+        )
+    title = f"{this_device(loaded.model.device).name}, a token after {work.context}, one layer"
+    print_table(title, DECODE_HEADERS, decode_rows(timings))
 
 
 def _print_profile(run: int, heads: Any) -> None:

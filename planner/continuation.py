@@ -8,6 +8,7 @@ original model, which remembers everything.
 from __future__ import annotations
 
 import inspect
+import statistics
 import time
 from typing import Any
 
@@ -21,6 +22,10 @@ from attnplan.kernels.keeper import SLACK
 
 CONTINUED = 256
 """Tokens at the end of a text that are fed as a continuation."""
+TURN = 8
+"""Tokens in a row that are timed under one plan, before it is another's turn."""
+WARM_UP = 2
+"""Tokens that are not timed."""
 
 
 def continued(context: int) -> int:
@@ -120,16 +125,23 @@ def decode_ms(
         tokens: int64 [tokens], prompt and continuation.
         steps: timed tokens of each.
     """
-    first = len(tokens) - steps - 2
-    times: list[list[float]] = [[], []]
-    for number, context in enumerate((applied, original)):
+    first = len(tokens) - steps - WARM_UP
+    contexts = (applied, original)
+    bodies: list[Any] = []
+    for context in contexts:
         with context():
-            body = prompt(model, tokens[:first])
-            for token in tokens[first:].split(1):
-                began = time.perf_counter()
-                body = step(model, body, token)
-                times[number].append((time.perf_counter() - began) * 1e3)
-    plan, dense = (sorted(found[2:])[len(found[2:]) // 2] for found in times)
+            bodies.append(prompt(model, tokens[:first]))
+    times: list[list[float]] = [[], []]
+    for some in tokens[first:].split(TURN):
+        for number, context in enumerate(contexts):
+            with context():
+                for token in some.split(1):
+                    began = time.perf_counter()
+                    bodies[number] = step(model, bodies[number], token)
+                    if model.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    times[number].append((time.perf_counter() - began) * 1e3)
+    plan, dense = (statistics.median(found[WARM_UP:]) for found in times)
     return plan, dense
 
 

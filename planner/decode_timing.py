@@ -1,5 +1,8 @@
 """What a generated token costs a layer, cache update and attention, beside transformers' own.
 
+Timings are kept in the store; a cost model is fitted to them, of kv heads and keepers in place of
+heads and approximations.
+
 Both sides run what a model's attention modules call: the cache's `update` and the attention
 function. They take turns, token by token, after the same prompt of real text, in so many layers
 that their caches do not fit into that of the processor, as in a model. The time in which a past is
@@ -11,26 +14,38 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnplan import runtime
 from attnplan.cache import LAYER, convert, stored_bytes
+from attnplan.continuation import decode_ms
+from attnplan.evaluate import original
 from attnplan.kernels import keepers
 from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.benchmark import quantile, timed
+from attnplan.kernels.decoding import engine_digest
 from attnplan.kernels.keeper import Keeper
-from attnplan.profiles.capture import LayerCapture
+from attnplan.models import LoadedModel
+from attnplan.profiles import records
+from attnplan.profiles.capture import LayerCapture, capture
+from attnplan.profiles.database import Store
+from attnplan.profiling import Advance, Workload, model_record, silent
+from attnplan.search.latency import LatencyFit, fit_latency
+from attnplan.timing import this_device
 
 WARM_UP = 8
 """Tokens that are not timed."""
 STEPS = 256
 """Tokens that show what condensing costs."""
+MIXTURES = 8
+"""Layers of several keepers that the cost model is held against."""
 BEYOND = 100 << 20
 """Bytes of dense caches that no processor's own cache holds."""
 
@@ -108,6 +123,113 @@ def measure_decoding(
         share=held / held_dense,
         layers=len(layers),
         steps=steps,
+    )
+
+
+def time_keepers(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    fitted: Mapping[int, Fitted],
+    rows: Sequence[Sequence[Keeper]],
+    *,
+    steps: int = STEPS,
+    advance: Advance = silent,
+) -> list[DecodeTiming]:
+    """Time layers after the first text of a workload, or read back what is stored.
+
+    Args:
+        loaded: the model, not patched.
+        work: texts; the first is the prompt.
+        store: where timings are kept.
+        fitted: calibrated data by layer.
+        rows: for each layer to time, one keeper per kv head.
+        steps: timed tokens of each side.
+        advance: called before each layer.
+    """
+    layers: list[LayerCapture] = []
+    found = []
+    for number, row in enumerate(rows):
+        advance(f"{number + 1} of {len(rows)}")
+        key = _key(loaded, work, "decode timing", spell(row), steps=steps)
+        values = store.load_measurement(key)
+        if values is None:
+            if not layers:
+                model, text = loaded.model, work.tokens.tokens[0]
+                captured = capture(
+                    model, text, gradients=False, seed=work.seed, store_dtype=model.dtype
+                )
+                layers = [_on(layer, model.device) for layer in some_layers(captured.layers)]
+            values = asdict(measure_decoding(layers, row, fitted, steps=steps))
+            store.save_measurement(key, values)
+        found.append(DecodeTiming(**values))
+    return found
+
+
+def _on(layer: LayerCapture, device: torch.device) -> LayerCapture:
+    query, key, value = (t.to(device) for t in (layer.query, layer.key, layer.value))
+    return replace(layer, query=query, key=key, value=value)
+
+
+def dense_token_ms(loaded: LoadedModel, work: Workload, store: Store) -> float:
+    """Median time of one token of the whole model without a plan, measured once."""
+    key = _key(loaded, work, "dense decode", "dense")
+    values = store.load_measurement(key)
+    if values is None:
+        values = {"median_ms": decode_ms(loaded.model, original, work.tokens.tokens[0])[1]}
+        store.save_measurement(key, values)
+    return float(values["median_ms"])
+
+
+def _key(
+    loaded: LoadedModel, work: Workload, kind: str, subject: str, **more: Any
+) -> records.MeasurementKey:
+    device = this_device(loaded.model.device)
+    conditions = {
+        "device": device.digest,
+        "engine": engine_digest(device.kind),
+        "context": work.context,
+        "dtype": str(loaded.model.dtype),
+        **more,
+    }
+    return records.MeasurementKey(model_record(loaded), kind, subject, conditions)
+
+
+def decode_costs(
+    loaded: LoadedModel,
+    work: Workload,
+    store: Store,
+    fitted: Mapping[int, Fitted],
+    candidates: Sequence[Keeper],
+    *,
+    steps: int = STEPS // 2,
+    advance: Advance = silent,
+) -> LatencyFit:
+    """The cost model of one generated token, in ms of this device.
+
+    Args:
+        candidates: keepers, of which the first keeps and reads everything.
+        loaded, work, store, fitted, steps, advance: see `time_keepers`.
+    """
+    kv_heads = loaded.identity.kv_heads
+    generator = np.random.default_rng(work.seed)
+    rows = [(keeper,) * kv_heads for keeper in candidates]
+    if kv_heads > 1:
+        mixed = generator.integers(len(candidates), size=(MIXTURES, kv_heads)).tolist()
+        rows += [tuple(candidates[c] for c in row) for row in mixed]
+    timings = time_keepers(loaded, work, store, fitted, rows, steps=steps, advance=advance)
+    # clocks drift: what is kept is the ratio to the baseline beside it, times a common baseline
+    dense_ms = statistics.median(timing.dense_mean_ms for timing in timings)
+    ms = np.array([timing.mean_ms / timing.dense_mean_ms * dense_ms for timing in timings])
+    counts = np.array([[row.count(keeper) for keeper in candidates] for row in rows])
+    token_ms = dense_token_ms(loaded, work, store)
+    return fit_latency(
+        counts,
+        ms,
+        rest_ms=max(token_ms - loaded.identity.layers * dense_ms, 0.0),
+        names=[keepers.key(keeper) for keeper in candidates],
+        dynamic=[number > 0 for number in range(len(candidates))],
+        holdout=np.array([len(set(row)) > 1 for row in rows]),
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +18,9 @@ from attnplan.plan import Plan, PlanError
 from attnplan.profiles.database import Store
 from attnplan.profiles.scalars import SCALARS
 from attnplan.timing import SEPARATOR, DeviceCosts, parse
+
+if TYPE_CHECKING:
+    from attnplan.decode_timing import DecodeTiming
 
 Titled = tuple[str, list[str], list[list[str]]]
 
@@ -125,6 +130,25 @@ def timing_rows(
     rows.sort(key=lambda row: row[0])
     headers = ["all heads", "density", "ms", "quartiles", "vs dense", "efficiency"]
     return headers, [row for _, row in rows]
+
+
+DECODE_HEADERS = ("keeper", "bytes", "ms", "quartiles", "dense ms", "vs dense", "on average")
+
+
+def decode_rows(timings: Sequence[DecodeTiming]) -> list[list[str]]:
+    """One line for each keeper: its bytes, its times, and ratios of medians and of means."""
+    return [
+        [
+            timing.kept,
+            f"{timing.share:.3f}x",
+            f"{timing.median_ms:.3f}",
+            f"{timing.q25_ms:.3f} to {timing.q75_ms:.3f}",
+            f"{timing.dense_median_ms:.3f}",
+            f"{timing.dense_median_ms / timing.median_ms:.2f}x",
+            f"{timing.dense_mean_ms / timing.mean_ms:.2f}x",
+        ]
+        for timing in timings
+    ]
 
 
 def machine_rows() -> list[list[str]]:

@@ -1,35 +1,33 @@
 """From a memory budget to what every kv head keeps: score, solve, search, verify.
 
-Keepers are scored on captured tensors: the past before the last tokens of a text is condensed, the
-last tokens are fed as they would be generated, and what changes in the output of a kv head's group
-is weighed by its gradient. The best assignment within the budget is a knapsack; an Optuna study
-corrects it by measured continuations, and held-out text has the last word.
+The best assignment of scored keepers within a budget is a knapsack; an Optuna study corrects it by
+measured continuations, and held-out text has the last word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnplan.continuation import Continuation, continued, decode_ms, held_bytes
+from attnplan.continuation import Continuation, decode_ms, held_bytes
+from attnplan.decode_timing import MIXTURES, decode_costs, dense_token_ms
 from attnplan.evaluate import Reference, original
+from attnplan.keeper_scoring import candidates_for, score_layer
 from attnplan.kernels import catalog, keepers
-from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.keeper import SLACK, Keeper
-from attnplan.kernels.layer_store import LayerStore, capacity, row_bytes
+from attnplan.kernels.layer_store import capacity, row_bytes
 from attnplan.models import LoadedModel
 from attnplan.patch import patch_assignment, unpatch
 from attnplan.planning import Progress, Quiet
 from attnplan.profiles import records
 from attnplan.profiles.calibration import TokenSet
-from attnplan.profiles.capture import LayerCapture
 from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
@@ -41,6 +39,11 @@ from attnplan.search.problem import Assignment, Problem
 from attnplan.search.problem import digest as assignment_digest
 from attnplan.search.solve import front, limits_of, meets, solve
 from attnplan.search.study import run_study
+
+ATTEMPTS = 3
+"""Plans of a study that are verified until one holds."""
+CALIBRATIONS = 2
+"""Measured tokens that the cost model of decoding is corrected by."""
 
 Kept = tuple[tuple[Keeper, ...], ...]
 """For each layer, what each kv head keeps."""
@@ -110,6 +113,8 @@ class _Memory:
     fitted: dict[int, dict[str, Tensor]]
     candidates: tuple[Keeper, ...]
     progress: Progress
+    latency: LatencyModel | None = None
+    """Of one token; None where decoding is not limited."""
 
     @property
     def shares(self) -> NDArray[np.float64]:
@@ -163,11 +168,88 @@ class _Memory:
             found.append(np.array(values["kl"]))
         return np.stack(found)
 
+    def share(self, keeper: Keeper) -> float:
+        """Bytes of one keeper over those of the dense cache."""
+        return float(replace(self, candidates=(keeper,)).shares[0])
+
+    def limit(self, budget: Budget) -> float:
+        """The limit on memory as a share of the dense cache; infinite without one."""
+        if budget.max_memory is None:
+            return float("inf")
+        size = self.cache_bytes
+        return budget.max_memory.of(size) / size
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of the dense cache at the context."""
+        identity = self.loaded.identity
+        size = 2 * identity.layers * identity.kv_heads * self.work.context * identity.head_dim
+        return float(size * self.loaded.model.dtype.itemsize)
+
+    def within(
+        self, budget: Budget, limit: float, scores: NDArray[np.float64]
+    ) -> tuple[Budget, Problem]:
+        """A budget in the terms of the problem, and the problem with what a token costs.
+
+        Raises:
+            BudgetError: less memory than the smallest keeper needs, or less time than the fastest.
+        """
+        problem = self.problem(scores)
+        smallest = float(problem.kv_bytes.min())
+        if limit < smallest:
+            raise BudgetError(
+                f"no plan stores {limit:.3g}x of the KV cache: sinks and the smallest window need "
+                f"{smallest:.3g}x at {self.work.context} tokens",
+                "kv_share",
+                smallest,
+            )
+        memory = Limit(limit, "x") if limit < float("inf") else None
+        if budget.max_decode is None:
+            return Budget(max_memory=memory), problem
+        self.progress.stage("Timing tokens", len(self.candidates) + MIXTURES)
+        costs = decode_costs(
+            self.loaded,
+            self.work,
+            self.store,
+            self.fitted,
+            self.candidates,
+            advance=self.progress.advance,
+        )
+        token_ms = dense_token_ms(self.loaded, self.work, self.store)
+        self.latency = costs.model
+        limited = Budget(max_memory=memory, max_latency=Limit(budget.max_decode.of(token_ms), "ms"))
+        text = self.work.tokens.tokens[0]
+        for _ in range(CALIBRATIONS):
+            problem = self.problem(scores)
+            try:
+                assignment = solve(problem, limited).assignment
+            except BudgetError as error:
+                raise BudgetError(
+                    f"no plan generates a token in {limited.max_latency}: the fastest needs "
+                    f"{error.smallest:.3g} ms, dense {token_ms:.3g} ms",
+                    error.resource,
+                    error.smallest,
+                ) from None
+            kept = self.kept(assignment)
+            plan, dense = decode_ms(self.loaded.model, partial(self.running, kept), text)
+            factor = self.latency.factor(assignment, plan / dense * token_ms)
+            self.latency = self.latency.calibrated(factor)
+        return limited, self.problem(scores)
+
+    def kl(self, continuation: Continuation, assignment: Assignment, text: int) -> float:
+        """Measured on one text of the workload; kept in the store."""
+        kept = self.kept(assignment)
+        subject = [[keepers.key(k) for k in row] for row in kept]
+        key = self.key("continuation kl", subject, text=text, data=self.work.tokens.digest)
+        values = self.store.load_measurement(key)
+        if values is None:
+            values = {"kl": continuation.kl(partial(self.running, kept), text)}
+            self.store.save_measurement(key, values)
+        return float(values["kl"])
+
     def problem(self, scores: NDArray[np.float64]) -> Problem:
         """Kv heads in place of heads; candidate 0 keeps everything."""
         shares = self.shares
-        identity = self.loaded.identity
-        size = 2 * identity.layers * identity.kv_heads * self.work.context * identity.head_dim
         zero = np.zeros(len(shares))
         return Problem(
             names=("dense", *(keepers.key(k) for k in self.candidates[1:])),
@@ -177,66 +259,9 @@ class _Memory:
             density=np.minimum(shares, 1.0),
             kv_bytes=shares,
             group=1,
-            latency=LatencyModel(0.0, 0.0, zero, zero, 1.0),
-            cache_bytes=float(size * self.loaded.model.dtype.itemsize),
+            latency=self.latency or LatencyModel(0.0, 0.0, zero, zero, 1.0),
+            cache_bytes=self.cache_bytes,
         )
-
-
-def score_layer(
-    layer: LayerCapture, candidates: tuple[Keeper, ...], fitted: Fitted
-) -> NDArray[np.float64]:
-    """What each keeper adds to the KL of a continuation token, [kv_heads, candidates].
-
-    Args:
-        layer: captured with gradients.
-        candidates: the first keeps everything.
-        fitted: calibrated data of the layer.
-
-    Raises:
-        ValueError: there is no gradient.
-    """
-    if layer.gradient is None:
-        raise ValueError("keepers are scored by gradients; capture the text with them")
-    kv_heads, tokens = layer.key.shape[1:3]
-    new = continued(tokens)
-    first = tokens - new
-    gradient, exact = (t[:, :, first:].float() for t in (layer.gradient, layer.output))
-    found = np.zeros((kv_heads, len(candidates)))
-    for number, keeper in enumerate(candidates):
-        if keeper.limit is None:
-            continue
-        store = LayerStore((keeper,) * kv_heads, scale=layer.scale, fitted=fitted)
-        store.append(layer.key[:, :, :first], layer.value[:, :, :first])
-        store.settle(layer.query[:, :, :first])
-        parts = []
-        for begin in range(first, tokens, SLACK):
-            some = slice(begin, min(begin + SLACK, tokens))
-            store.append(layer.key[:, :, some], layer.value[:, :, some])
-            parts.append(store.attend(layer.query[:, :, some]))
-            store.settle(layer.query[:, :, some])
-        change = ((torch.cat(parts, 2).float() - exact) * gradient).sum(-1)  # [1, heads, new]
-        # half the Fisher cost is the KL divergence, to second order; a group changes together
-        cost = 0.5 * change.unflatten(1, (kv_heads, -1)).square().sum(2).mean((0, 2))
-        found[:, number] = cost.double().cpu().numpy()
-    return found
-
-
-def candidates_for(context: int, limit: float, shares: Any) -> tuple[Keeper, ...]:
-    """The catalog's choices, and of each keeper the largest that uses the whole limit.
-
-    Args:
-        context: tokens.
-        limit: share of dense bytes.
-        shares: from keepers to their shares.
-    """
-    found = list(keepers.choices(context))
-    for cls in keepers.KEEPERS.values():
-        sized = (cls.of(rows) for rows in range(int(limit * context), 0, -1))
-        fits = (k for k in sized if k is not None and shares(k) <= limit)
-        largest = next(fits, None)
-        if largest is not None:
-            found.append(largest)
-    return tuple(dict.fromkeys(found))
 
 
 def remember(
@@ -261,7 +286,7 @@ def remember(
         store: where everything that is learnt is kept.
         database: URL of the same store, for the study.
         files: captured tensors of the profile.
-        budget: with a limit on memory; a limit on KL holds for continuation tokens.
+        budget: with a limit on memory or decoding; one on KL holds for continuation tokens.
         trials: of the Optuna study.
         seed: of the study.
         progress: where long steps report to.
@@ -269,53 +294,30 @@ def remember(
     Raises:
         BudgetError: less than the smallest keeper of all kv heads needs.
     """
-    assert budget.max_memory is not None
     progress = progress or Quiet()
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
     search = _Memory(loaded, work, store, run, fitted_tensors(store, run.id), (), progress)
-    search.candidates = (keepers.FULL,)
-    dense_bytes = search.problem(np.zeros((1, 1, 1, 1))).cache_bytes
-    limit = budget.max_memory.of(dense_bytes) / dense_bytes
-
-    def share(keeper: Keeper) -> float:
-        search.candidates = (keeper,)
-        return float(search.shares[0])
-
-    search.candidates = candidates_for(work.context, limit, share)
+    limit = search.limit(budget)
+    timed = budget.max_decode is not None
+    search.candidates = candidates_for(work.context, limit, search.share, timed=timed)
     progress.stage("Scoring what is kept", work.texts)
-    problem = search.problem(search.scores())
-    smallest = float(problem.kv_bytes.min())
-    if limit < smallest:
-        raise BudgetError(
-            f"no plan stores {limit:.3g}x of the KV cache: sinks and the smallest window need "
-            f"{smallest:.3g}x at {work.context} tokens",
-            "kv_share",
-            smallest,
-        )
-    within = Budget(max_memory=Limit(limit, "x"))
+    scores = search.scores()
+    within, problem = search.within(budget, limit, scores)
     calibration = Continuation(Reference(loaded.model, work.tokens.tokens))
 
     def evaluate(assignment: Assignment, text: int) -> float:
-        subject = [[keepers.key(k) for k in row] for row in search.kept(assignment)]
-        key = search.key("continuation kl", subject, text=text, data=work.tokens.digest)
-        values = store.load_measurement(key)
-        if values is None:
-            kept = search.kept(assignment)
-            values = {"kl": calibration.kl(lambda: search.running(kept), text)}
-            store.save_measurement(key, values)
-        return float(values["kl"])
+        return search.kl(calibration, assignment, text)
 
-    answer = solve(problem, within).assignment
-    chosen = answer
+    ranked = [solve(problem, within).assignment]
     if trials > 0:
         progress.stage("Searching", trials)
         limits = limits_of(problem, within)
+        resource = "kv_share" if within.max_memory is not None else "latency_ms"
         others = [
-            s.assignment
-            for s in front(problem, "kv_share", points=16)
-            if meets(s.prediction, limits)
+            s.assignment for s in front(problem, resource, points=16) if meets(s.prediction, limits)
         ]
+        name = f"attnplan-memory-{assignment_digest(ranked[0])[:12]}-{run.id}-{limit:g}-{seed}"
         result = run_study(
             problem,
             within,
@@ -323,45 +325,68 @@ def remember(
             steps=work.texts,
             trials=trials,
             storage_url=database,
-            study_name=f"attnplan-memory-{assignment_digest(answer)[:12]}-{run.id}-{limit:g}-{seed}",
+            study_name=name,
             seed=seed,
-            warm_start=[answer, *others[:1]],
+            warm_start=[ranked[0], *others[:1]],
             progress=lambda done, total, kl: progress.advance(
                 "" if kl is None else f"best KL {kl:.4f}"
             ),
         )
-        chosen = result.best.assignment
+        ranked = [found.assignment for found, _ in result.ranked[:ATTEMPTS]]
     progress.stage("Verifying", None)
     reference = Continuation(Reference(loaded.model, holdout.tokens))
-    best = _measured(search, "per kv head", chosen, problem, reference)
-    fits = [c for c in range(1, problem.candidates) if problem.kv_bytes[c] <= limit]
-    uniform = [np.full_like(answer, c) for c in fits]
-    uniform.sort(key=lambda a: problem.predict(a).kl)
-    of_name: dict[str, Assignment] = {}
-    for assignment in uniform:
-        of_name.setdefault(search.candidates[int(assignment[0, 0])].name, assignment)
-    ranked = sorted(
-        of_name.values(), key=lambda a: sum(evaluate(a, text) for text in range(work.texts))
-    )
-    other = None
-    if ranked:
-        name = f"uniform {keepers.key(search.candidates[int(ranked[0][0, 0])])}"
-        other = _measured(search, name, ranked[0], problem, reference)
-    misses = []
     probes = retrieval(loaded.model, loaded.tokenizer, holdout.tokens[:PROBED], seed=seed)
-    if probes is not None:
-        progress.advance("retrieval")
-        kept = best.kept
-        found = probes.recall(lambda: search.running(kept)), probes.recall(original)
-        best = replace(best, recall=found)
-        for kind in found[0].worse(found[1]):
-            plan, dense = (recall.in_prompt[kind] for recall in found)
+    dense_recall = None if probes is None else probes.recall(original)
+    for assignment in ranked:
+        best = _measured(search, "per kv head", assignment, problem, reference)
+        if probes is not None and dense_recall is not None:
+            progress.advance("retrieval")
+            recall = probes.recall(partial(search.running, best.kept))
+            best = replace(best, recall=(recall, dense_recall))
+        misses = _misses(best, budget, limit)
+        if not misses:
+            break
+    fits = [np.full_like(ranked[0], c) for c in range(1, problem.candidates)]
+    fits = [a for a in fits if meets(problem.predict(a), limits_of(problem, within))]
+    other = None
+    if fits:
+        chosen = _best_uniform(search, fits, problem, evaluate)
+        name = f"uniform {keepers.key(search.candidates[int(chosen[0, 0])])}"
+        other = _measured(search, name, chosen, problem, reference)
+    return Memory(best, other, search.fitted, run.id, misses)
+
+
+def _best_uniform(
+    search: _Memory,
+    fits: list[Assignment],
+    problem: Problem,
+    evaluate: Callable[[Assignment, int], float],
+) -> Assignment:
+    """By measured continuations, of the best of every kind by scores."""
+    of_name: dict[str, Assignment] = {}
+    for assignment in sorted(fits, key=lambda a: problem.predict(a).kl):
+        of_name.setdefault(search.candidates[int(assignment[0, 0])].name, assignment)
+    texts = range(search.work.texts)
+    return min(of_name.values(), key=lambda a: sum(evaluate(a, text) for text in texts))
+
+
+def _misses(best: Remembered, budget: Budget, limit: float) -> tuple[str, ...]:
+    """What measured figures break."""
+    misses = []
+    if best.recall is not None:
+        for kind in best.recall[0].worse(best.recall[1]):
+            plan, dense = (recall.in_prompt[kind] for recall in best.recall)
             misses.append(f"retrieval of {kind} is {plan:.2f}, dense {dense:.2f}")
     if best.share > limit * (1 + 1e-9):
         misses.append(f"the cache holds {best.share:.3f} of dense, above {limit:g}")
+    if budget.max_decode is not None and best.decode_ms[0] > budget.max_decode.of(
+        best.decode_ms[1]
+    ):
+        plan, dense = best.decode_ms
+        misses.append(f"a token takes {plan:.1f} ms (dense {dense:.1f}), above {budget.max_decode}")
     if budget.max_kl is not None and best.continuation_kl > budget.max_kl:
         misses.append(f"continuation KL {best.continuation_kl:.4f} is above {budget.max_kl:g}")
-    return Memory(best, other, search.fitted, run.id, tuple(misses))
+    return tuple(misses)
 
 
 def _measured(
@@ -377,9 +402,7 @@ def _measured(
     texts = reference.reference.sequences
     model = search.loaded.model
 
-    def applied() -> Any:
-        return search.running(kept)
-
+    applied = partial(search.running, kept)
     longest = search.loaded.identity.max_context
     more = reference.tokens if longest is None else min(reference.tokens, longest - texts.shape[1])
     kls = tuple(reference.kl(applied, index) for index in range(len(texts)))

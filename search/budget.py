@@ -92,6 +92,7 @@ class Budget:
         max_density: multiply-adds of attention and selection, as a share of dense, in (0, 1].
         max_latency: of the whole prefill.
         max_memory: of the KV cache.
+        max_decode: of one generated token after a prompt of the whole context.
         max_kl: nats per token, KL(original || planned).
         max_ppl_ratio: perplexity of the plan over that of the original, above 1.
         minimize: None chooses: latency if only quality is bounded, else KL.
@@ -100,6 +101,7 @@ class Budget:
     max_density: float | None = None
     max_latency: Limit | None = None
     max_memory: Limit | None = None
+    max_decode: Limit | None = None
     max_kl: float | None = None
     max_ppl_ratio: float | None = None
     minimize: Objective | None = None
@@ -107,8 +109,8 @@ class Budget:
     def __post_init__(self) -> None:
         if all(getattr(self, f.name) is None for f in fields(self) if f.name != "minimize"):
             raise ValueError(
-                "a budget needs a limit: --max-density, --max-latency, --max-memory, --max-kl or "
-                "--max-ppl-ratio"
+                "a budget needs a limit: --max-density, --max-latency, --max-memory, --max-decode, "
+                "--max-kl or --max-ppl-ratio"
             )
         if self.max_density is not None and not 0 < self.max_density <= 1:
             raise ValueError(f"max density must be above 0 and at most 1, got {self.max_density}")
@@ -118,6 +120,8 @@ class Budget:
             raise ValueError(f"max perplexity ratio must be above 1, got {self.max_ppl_ratio}")
         if self.max_latency is not None and self.max_latency.unit == "B":
             raise ValueError(f"latency must be bounded in x or ms, got {self.max_latency}")
+        if self.max_decode is not None and self.max_decode.unit == "B":
+            raise ValueError(f"decoding must be bounded in x or ms, got {self.max_decode}")
         if self.max_memory is not None and self.max_memory.unit == "ms":
             raise ValueError(f"memory must be bounded in x or bytes, got {self.max_memory}")
         if self.minimize not in (None, *get_args(Objective)):
@@ -141,8 +145,9 @@ class Budget:
 
     @property
     def bounds_cost(self) -> bool:
-        """Whether density, latency or memory is limited."""
-        return any(v is not None for v in (self.max_density, self.max_latency, self.max_memory))
+        """Whether density, latency, memory or decoding is limited."""
+        limits = (self.max_density, self.max_latency, self.max_memory, self.max_decode)
+        return any(limit is not None for limit in limits)
 
     @property
     def objective(self) -> Objective:
@@ -151,7 +156,7 @@ class Budget:
     def canonical(self) -> dict[str, float | str]:
         """Plain values that identify the budget: equal budgets give equal dictionaries."""
         plain: dict[str, float | str] = {"minimize": self.objective}
-        for name in ("max_density", "max_latency", "max_memory", "max_kl", "max_ppl_ratio"):
+        for name in (f.name for f in fields(self) if f.name != "minimize"):
             value = getattr(self, name)
             if value is not None:
                 plain[name] = str(value) if isinstance(value, Limit) else float(value)
@@ -161,8 +166,8 @@ class Budget:
     def from_canonical(cls, plain: Mapping[str, float | str]) -> Self:
         """The budget that `canonical` wrote."""
         values: dict[str, object] = dict(plain)
-        if "max_latency" in values:
-            values["max_latency"] = parse_latency(str(values["max_latency"]))
+        for name in {"max_latency", "max_decode"} & values.keys():
+            values[name] = parse_latency(str(values[name]))
         if "max_memory" in values:
             values["max_memory"] = parse_memory(str(values["max_memory"]))
         unknown = set(values) - {f.name for f in fields(cls)}

@@ -13,9 +13,11 @@ from attnplan.kernels.engines import decode_reference
 from attnplan.kernels.keep.clusters import Clusters
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.observed import Observed
+from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, BoundedKeeper, Keeper
 from attnplan.kernels.layer_store import LayerStore, capacity, row_bytes
+from attnplan.kernels.stored import PAGE, bounds_of
 
 BATCH, GROUP, DIM = 2, 3, 16
 SMALL: list[Keeper] = [
@@ -23,6 +25,7 @@ SMALL: list[Keeper] = [
     Recent(window=40),
     Observed(window=32, keys=24),
     Clusters(window=32, keys=16, clusters=12),
+    Pages(pages=3, window=32),
 ]
 
 
@@ -77,7 +80,7 @@ def test_a_full_store_is_dense_attention(steps: list[int]) -> None:
     torch.testing.assert_close(found.double(), dense(text), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("keeper", SMALL[1:])
+@pytest.mark.parametrize("keeper", SMALL[1:4])
 def test_a_past_below_the_limit_is_kept_whole(keeper: BoundedKeeper) -> None:
     """Nothing is condensed before there is more than the limit and its slack."""
     count = keeper.limit + SLACK - 1
@@ -157,7 +160,7 @@ def test_chunks_of_the_slack_equal_single_steps(keeper: Keeper) -> None:
 @pytest.mark.parametrize("keeper", SMALL)
 def test_batch_mates_and_left_padding_change_nothing(keeper: Keeper) -> None:
     """A padded text gives what it gives alone, at every step."""
-    count, start = 220, 30
+    count, start = 220, 2 * PAGE
     text = tokens(count, 1)
     padding = torch.zeros(BATCH, count, dtype=torch.bool)
     padding[1, :start] = True
@@ -167,7 +170,7 @@ def test_batch_mates_and_left_padding_change_nothing(keeper: Keeper) -> None:
     found = feed(store_of(keeper), text, steps, padding)[1:, :, start:]
     alone = tuple(t[1:, :, start:] for t in text)
     expected = feed(store_of(keeper), alone, [160 - start] + [1] * 60)  # type: ignore[arg-type]
-    before = 160 - start if isinstance(keeper, Full) else min(160 - start, 60)
+    before = min(160 - start, 60) if keeper.limit else count - start
     torch.testing.assert_close(found[:, :, :before], expected[:, :, :before], rtol=0, atol=1e-4)
     assert torch.isfinite(found).all()
 
@@ -248,8 +251,53 @@ def test_bad_spellings_are_refused() -> None:
         keepers.from_dict({"keep": {"name": "recent", "window": 8}})
     with pytest.raises(ValueError, match="pool must be odd, got 4"):
         Observed(window=64, pool=4)
+    with pytest.raises(ValueError, match="pages must be at least 1, got 0"):
+        keepers.from_dict({"keep": {"name": "pages", "pages": 0}})
+    with pytest.raises(ValueError, match="window must be at least 16 keys, got 8"):
+        Pages(pages=4, window=8)
     with pytest.raises(ValueError, match="clusters must be at least 1"):
         Clusters(window=64, clusters=0)
+
+
+def test_all_pages_are_dense_attention() -> None:
+    text = tokens(200, 2)
+    found = feed(store_of(Pages(pages=99), Pages(pages=10)), text, [150] + [1] * 50)
+    torch.testing.assert_close(found.double(), dense(text), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [[1] * 60, [7, 31, 22]])
+def test_pages_are_chosen_by_their_bounds(steps: list[int]) -> None:
+    """Against dense attention under the mask that the definition gives, head by head."""
+    keeper, count = Pages(pages=2, window=40), 260
+    text = tokens(count, 1)
+    query, key, value = (t.double() for t in text)
+    key[:, :, 80] *= 4  # some page that matters to half of the queries
+    text = (text[0], key.float(), text[2])
+    found = feed(store_of(keeper), text, [200, *steps])[:, :, 200:]
+    for i in range(200, count):
+        newest = (i + 1 - 40) // PAGE
+        for b in range(BATCH):
+            pages = key[b, 0, : newest * PAGE].unflatten(0, (-1, PAGE))
+            q = query[b, :, i]
+            each = torch.maximum(q[:, None] * pages.amax(1), q[:, None] * pages.amin(1)).sum(-1)
+            worth = (each * DIM**-0.5).softmax(-1).sum(0)
+            best = (worth[1:].argsort(descending=True)[:2] + 1).tolist()
+            rows = [r for p in [0, *best] for r in range(p * PAGE, (p + 1) * PAGE)]
+            rows += range(newest * PAGE, i + 1)
+            weight = (q @ key[b, 0, rows].mT * DIM**-0.5).softmax(-1)
+            expected = weight @ value[b, 0, rows]
+            torch.testing.assert_close(found[b, :, i - 200].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_bounds_bound() -> None:
+    """No key of a page scores more; a last page may be short."""
+    query, key, _ = tokens(70, 1)
+    high, low = bounds_of(key).chunk(2, -1)
+    assert high.shape == (BATCH, 1, 5, DIM)
+    q = query[:, :1, :, None]
+    bound = torch.maximum(q * high[:, :, None], q * low[:, :, None]).sum(-1)
+    scores = torch.nn.functional.pad(query[:, :1] @ key.mT, (0, 10), value=float("-inf"))
+    assert (scores.unflatten(-1, (5, PAGE)).amax(-1) <= bound + 1e-5).all()
 
 
 def test_engines_see_every_kv_head_once() -> None:

@@ -29,6 +29,7 @@ IMPORTERS = {
         "profiles/capture.py",
         "planner/attention_sites.py",
         "planner/console.py",
+        "planner/decode_timing.py",
         "planner/encoder.py",
         "planner/models.py",
         "planner/patch.py",

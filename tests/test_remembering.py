@@ -13,6 +13,7 @@ from tests import tiny_model
 
 from attnplan.continuation import Continuation, continued, decode_ms, held_bytes, peak_bytes
 from attnplan.evaluate import Reference, original
+from attnplan.keeper_scoring import candidates_for, score_layer
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, Keeper
@@ -23,7 +24,7 @@ from attnplan.profiles.calibration import load_sequences
 from attnplan.profiles.capture import capture
 from attnplan.profiles.database import Store
 from attnplan.profiling import Workload, capture_files, run_key
-from attnplan.remembering import candidates_for, remember, score_layer
+from attnplan.remembering import remember
 from attnplan.search.budget import Budget, BudgetError, parse_memory
 
 CONTEXT = 256
