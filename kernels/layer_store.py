@@ -98,10 +98,32 @@ class _Group:
         if self.bounds is not None:
             if padding is not None and self.length == 0:
                 self.first = (~padding).long().argmax(-1)
-            page = self.length // PAGE  # its bounds are found again
-            found = bounds_of(self.key[:, :, page * PAGE : rows.stop])
-            self.bounds[:, :, page : page + found.shape[2]] = found
+            if new == 1 and self.length % PAGE:
+                one, (high, low) = self.key[:, :, self.length], self._page_bounds()
+                torch.maximum(high, one, out=high)
+                torch.minimum(low, one, out=low)
+            else:
+                self._bound(rows.stop)
         self.length += new
+
+    def _page_bounds(self) -> tuple[Tensor, ...]:
+        """Of the page that the next row belongs to, as views."""
+        assert self.bounds is not None
+        return self.bounds[:, :, self.length // PAGE].chunk(2, -1)
+
+    def _bound(self, last: int) -> None:
+        """Find the bounds of the pages of rows `length` to `last`."""
+        assert self.bounds is not None
+        page = self.length // PAGE
+        if last > page * PAGE:
+            found = bounds_of(self.key[:, :, page * PAGE : last])
+            self.bounds[:, :, page : page + found.shape[2]] = found
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the newest rows."""
+        self.length -= tokens
+        if self.bounds is not None:
+            self._bound(self.length)
 
     def _reserve(self, key: Tensor, value: Tensor, new: int, biased: bool) -> None:
         """Make room for `new` rows, in larger tensors where the present ones are full."""
@@ -340,7 +362,7 @@ class LayerStore:
                 self._queries.append(last[:, :, : last.shape[2] - left])
             left -= min(left, last.shape[2])
         for group in self._groups:
-            group.length -= tokens
+            group.take_back(tokens)
         self.seen -= tokens
         self._waiting = max(self._waiting - tokens, 0)
         self._condense()

@@ -73,9 +73,8 @@ class Pages(Keeper):
         newest = max(length - self.window, 0) // PAGE  # the page in which the window begins
         if newest <= self.pages + 1:
             return None
-        high, low = bounds[:, :, :newest].float().chunk(2, -1)
-        above, below = query.clamp(min=0).float(), query.clamp(max=0).float()
-        logits = (above @ high.mT + below @ low.mT) * scale  # [batch, kv_heads, group, pages]
+        signed = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1).float() * scale
+        logits = signed @ bounds[:, :, :newest].float().mT  # [batch, kv_heads, group, pages]
         if first is None:
             worth = logits.softmax(-1).sum(2)
             worth[..., 0] = float("inf")
