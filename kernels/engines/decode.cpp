@@ -15,13 +15,13 @@ namespace {
 constexpr int64_t TILE = 64;  // rows scored at once
 constexpr int64_t PAGE = 16;  // rows that lie together
 constexpr int PANEL = 4;      // vectors of a value that are summed at once
-constexpr int64_t AHEAD = 8192;  // bytes from what is read to what is fetched
+constexpr int64_t AHEAD = 32;  // rows from what is read to what is fetched
 
-// Ask for what will be read soon: the processor's own prefetcher stops at every page.
+// Ask for a row that will be read soon: the processor's own prefetcher stops at every page.
 template <class T>
 inline void fetch(const T* row, int64_t vectors) {
     for (int64_t at = 0; at < vectors * W * (int64_t)sizeof(T); at += 64)
-        __builtin_prefetch((const char*)row + AHEAD + at);
+        __builtin_prefetch((const char*)row + at);
 }
 
 struct Head {  // one kv head: strides in elements; the last dimension is contiguous
@@ -34,6 +34,11 @@ struct Head {  // one kv head: strides in elements; the last dimension is contig
     // Where row `i` of the list lies, the first of a page or of any tile.
     int64_t place(int64_t batch, int64_t i) const {
         return pages ? PAGE * pages[batch * pages_batch + i / PAGE] + i % PAGE : i;
+    }
+
+    // Where the row lies that is to be fetched while row `i` is read.
+    int64_t soon(int64_t batch, int64_t i) const {
+        return place(batch, std::min(i + AHEAD, (rows - 1) / PAGE * PAGE));
     }
 };
 
@@ -74,13 +79,14 @@ struct Decoder {
         }
     }
 
-    // Dots of N queries, from `query` on, with W keys.
+    // Dots of N queries, from `query` on, with W keys; `soon` are the keys to fetch meanwhile.
     template <int N>
-    void score(const float* query, const T* key, int64_t stride, int64_t keys, vec* dots) const {
+    void score(const float* query, const T* key, const T* soon, int64_t stride, int64_t keys,
+               vec* dots) const {
         vec part[N][W];
         for (int j = 0; j < W; j++) {
             const T* row = key + std::min<int64_t>(j, keys - 1) * stride;
-            fetch(row, depth / W);
+            fetch(soon + j * stride, depth / W);
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) part[n][j] = vec{};
             for (int64_t d = 0; d < depth; d += W) {
@@ -101,7 +107,8 @@ struct Decoder {
         for (int64_t j = 0; j < rows; j += W) {
             vec dots[N];
             int64_t at = h.place(batch, first + j);  // W rows are of one page
-            score<N>(query + p * depth, key + at * h.key_row, h.key_row, rows - j, dots);
+            const T* soon = key + h.soon(batch, first + j) * h.key_row;
+            score<N>(query + p * depth, key + at * h.key_row, soon, h.key_row, rows - j, dots);
             vec more = bias ? load_first(bias + at, rows - j) : vec{};
             for (int n = 0; n < N; n++) {
                 int64_t seen = h.rows - c.queries + (p + n) % c.queries + 1 - first - j;
@@ -136,32 +143,34 @@ struct Decoder {
         }
         bool all = !bias && c.queries == 1;  // else a row that nobody sees may hold anything
         float* sums = state + p * (width + 2) + 2;
-        int64_t together = h.pages ? PAGE : TILE;
+        int64_t together = h.pages ? PAGE : TILE;  // rows that follow each other
         for (int64_t j = 0; j < rows; j += together) {
             int64_t some = std::min(together, rows - j);
             const T* from = value + h.place(batch, first + j) * h.value_row;
+            const T* soon = value + h.soon(batch, first + j) * h.value_row;
             const float* w = weights + j;
             for (int64_t d = 0; d < width; d += PANEL * W)
                 if (d + PANEL * W <= c.value_dim)
-                    add_values<N, PANEL>(from + d, h.value_row, some, w, all, W, sums + d);
+                    add_values<N, PANEL>(from + d, soon + d, h.value_row, some, w, all, W,
+                                         sums + d);
                 else
                     for (int64_t e = d; e < width; e += W)
-                        add_values<N, 1>(from + e, h.value_row, some, w, all, c.value_dim - e,
-                                         sums + e);
+                        add_values<N, 1>(from + e, soon + e, h.value_row, some, w, all,
+                                         c.value_dim - e, sums + e);
         }
     }
 
     // Add weighted values of some rows to the numerators of N queries, P vectors of each.
     template <int N, int P>
-    void add_values(const T* value, int64_t stride, int64_t rows, const float* weights, bool all,
-                    int64_t last, float* sums) const {
+    void add_values(const T* value, const T* soon, int64_t stride, int64_t rows,
+                    const float* weights, bool all, int64_t last, float* sums) const {
         vec sum[N][P];
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
             for (int i = 0; i < P; i++) sum[n][i] = load(sums + n * (width + 2) + i * W);
         for (int64_t j = 0; j < rows; j++) {
-            fetch(value + j * stride, P);
+            fetch(soon + j * stride, P);
             bool any = all;
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) any |= weights[n * TILE + j] != 0;
