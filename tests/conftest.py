@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matmul of one tile: 19 ms with 2
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -11,3 +12,11 @@ if not torch.cuda.is_available():
     from tests import interpreter
 
     interpreter.install()
+
+from attnplan.models import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The real model, in float32. Whoever patches it takes the patch off again."""
+    return load_model("smollm2-135m", dtype="float32")

@@ -31,7 +31,7 @@ from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.near.window import Window
-from attnplan.models import identity
+from attnplan.models import LoadedModel, identity
 from attnplan.patch import load, patch, patch_assignment, patched_stats, unpatch
 from attnplan.plan import DecodeSection, Plan, PlanError, Target
 from attnplan.runtime import KEPT
@@ -148,9 +148,13 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def generated(model: PreTrainedModel, ids: Tensor, tokens: int = 40, **options: Any) -> Tensor:
+def generated(
+    model: PreTrainedModel, input_ids: Tensor, tokens: int = 40, **options: Any
+) -> Tensor:
     torch.manual_seed(0)
-    made: Tensor = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+    made: Tensor = model.generate(
+        input_ids, max_new_tokens=tokens, min_new_tokens=tokens, **options
+    )
     return made
 
 
@@ -166,6 +170,44 @@ def test_generate_equals_dense_under_the_mask(name: str, way: str) -> None:
     assert ran == (name != "mistral-sliding")  # whose layers all have windows of their own
     with masked(model, kept):
         expected = generated(model, ids, attention_mask=mask, **WAYS[way])
+    assert torch.equal(found, expected)
+
+
+SOME = Observed(window=400, keys=64)
+
+
+def page_of_words(smollm2: LoadedModel) -> Any:
+    """Two texts as tokens, the shorter padded on the left."""
+    words = Path(__file__).read_text().split()
+    texts = [" ".join(words[:60]), " ".join(words[80:130])]
+    return smollm2.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampling", "beams"])
+def test_smollm2_generates_what_dense_does_under_the_mask(smollm2: LoadedModel, way: str) -> None:
+    """A real model and real text: other keepers in every kv head, two texts, one padded."""
+    model, given = smollm2.model, page_of_words(smollm2)
+    kept = [[(NARROW, FULL, SOME)[(layer + h) % 3] for h in range(3)] for layer in range(30)]
+    patch_assignment(model, [[catalog.DENSE] * 9] * 30, {}, keepers=kept)
+    try:
+        found = generated(model, tokens=36, **given, **WAYS[way])
+        with masked(model, kept):
+            expected = generated(model, tokens=36, **given, **WAYS[way])
+    finally:
+        unpatch(model)
+    assert torch.equal(found, expected)
+
+
+def test_smollm2_with_lookup_is_the_model_as_it_is(smollm2: LoadedModel) -> None:
+    """Guesses that are taken back, below what is kept."""
+    model, given = smollm2.model, page_of_words(smollm2)
+    ids = given.input_ids[:1].repeat(1, 2)
+    expected = generated(model, ids, 36, do_sample=False)
+    patch_assignment(model, [[catalog.DENSE] * 9] * 30, {}, keepers=[[WIDE, FULL, SOME]] * 30)
+    try:
+        found = generated(model, ids, 36, do_sample=False, prompt_lookup_num_tokens=3)
+    finally:
+        unpatch(model)
     assert torch.equal(found, expected)
 
 

@@ -12,15 +12,10 @@ from attnplan.evaluate import original
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
-from attnplan.models import LoadedModel, load_model
+from attnplan.models import LoadedModel
 from attnplan.patch import patch_assignment, unpatch
 from attnplan.profiles.calibration import load_sequences
 from attnplan.retrieval import KINDS, Recall, Retrieval, retrieval
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> LoadedModel:
-    return load_model("smollm2-135m")
 
 
 @contextmanager
