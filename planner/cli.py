@@ -99,6 +99,10 @@ def search(
     methods: Annotated[
         str | None, typer.Option(help="Only these methods, as window,loki; else all.")
     ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="Plan for the device of this table, which `bench --export` wrote there."),
+    ] = None,
     context: Context = 2048,
     sequences: Sequences = 3,
     data: Data = "builtin",
@@ -150,11 +154,16 @@ def search(
         split="holdout" if holdout is None else "all",
     )
     if budget.max_memory is not None or budget.max_decode is not None:
+        if target is not None:
+            raise ValueError(
+                "--target plans the prefill alone: leave out --max-memory and --max-decode, whose "
+                "costs are measured here"
+            )
         _search_memory(
             loaded, work, held_out, budget, db, out, trials, swaps, repeats, seed, only, json_
         )
         return
-    request = Request(budget, trials, swaps, repeats, seed, only)
+    request = Request(budget, trials, swaps, repeats, seed, only, target)
     with Store(db) as store, Stages() as progress:
         files = capture_files(run_key(loaded, work), CAPTURES)
         outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)
@@ -460,7 +469,7 @@ def _write(
             path=str(out),
             yaml=text,
             feasible=True,
-            figures=figures(outcome.plan),
+            figures=figures(outcome.plan, timed=outcome.costs.is_here),
         )
     )
 
@@ -558,10 +567,15 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
             "rows": [asdict(row) for row in rows],
             "solver_seconds": outcome.solver_seconds,
             "cost_model_error": outcome.costs.fit.mape,
+            "times": "measured" if outcome.costs.is_here else "predicted",
+            "device": outcome.costs.device.name,
         }
         _print_json(found)
         return
-    print_table("Held-out text, and prefill measured beside dense", HEADERS, lines(rows))
+    timed = "prefill measured beside dense"
+    if not outcome.costs.is_here:
+        timed = f"attention as predicted for {outcome.costs.device.name}"
+    print_table(f"Held-out text, and {timed}", HEADERS, lines(rows))
     print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
     print(f"solver: {outcome.solver_seconds:.2f} s from the stored scores to its first answer")
     if outcome.plan is not None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch import Tensor
 from attnplan.evaluate import Reference, induction_accuracy, original, prefill_latency
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
-from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.profiles import records
 from attnplan.profiles.calibration import TokenSet
@@ -39,6 +39,7 @@ from attnplan.search.problem import digest as assignment_digest
 from attnplan.search.refine import refine
 from attnplan.search.solve import Solution, front, limits_of, meets, solve
 from attnplan.search.study import run_study
+from attnplan.target import target_costs
 from attnplan.timing import DeviceCosts, candidate_name, measure_device
 from attnplan.verify import Layers, Measured, copies, fast, measure, misses, running
 
@@ -93,6 +94,7 @@ class Request:
         repeats: pairs of timed runs.
         seed: of everything random.
         methods: names of the methods to consider; None for the whole catalog.
+        target: table of timings of the device to plan for; None for this one.
     """
 
     budget: Budget
@@ -101,6 +103,7 @@ class Request:
     repeats: int = 3
     seed: int = 0
     methods: frozenset[str] | None = None
+    target: Path | None = None
 
     @property
     def canonical(self) -> dict[str, Any]:
@@ -297,6 +300,8 @@ class Planner:
             "lengths": lengths,
             "repeats": self.request.repeats,
         }
+        if not self.costs.is_here:
+            conditions["predicted_ms"] = self.prefill(assignment)
         key = self._key("verification", assignment, conditions)
         values = self.store.load_measurement(key)
         if values is None:
@@ -318,7 +323,13 @@ class Planner:
         return Measured.from_dict(values)
 
     def prefill(self, assignment: Assignment) -> tuple[float, float]:
-        """Measured prefill times (plan, dense) in ms of an assignment; kept in the store."""
+        """Prefill times (plan, dense) in ms of an assignment; kept in the store.
+
+        Measured, or as predicted for a device that is not here.
+        """
+        if not self.costs.is_here:
+            model = self.costs.fit.model
+            return model.predict(assignment), model.predict(np.zeros_like(assignment))
         conditions = {**self._device_conditions(), "repeats": self.request.repeats}
         key = self._key("prefill", assignment, conditions)
         values = self.store.load_measurement(key)
@@ -336,8 +347,7 @@ class Planner:
 
     def _device_conditions(self) -> dict[str, Any]:
         """What a time depends on."""
-        engine = engine_digest(self.loaded.model.device.type)
-        return {"device": self.costs.device.digest, "engine": engine}
+        return {"device": self.costs.device.digest, "engine": self.costs.engine}
 
     def induction(self, assignment: Assignment | None) -> float:
         """What the model copies under an assignment, or as it is; kept in the store."""
@@ -397,6 +407,7 @@ def prepare(
     *,
     methods: frozenset[str] | None = None,
     thorough: bool = False,
+    target: Path | None = None,
 ) -> tuple[records.ProfileRun, ScoreTable, DeviceCosts]:
     """What every candidate loses on every head and costs here; only what is missing is measured.
 
@@ -409,10 +420,13 @@ def prepare(
     if not thorough and methods is None:
         progress.stage("Scouting candidates", None)
         candidates = scout(loaded, work, store, files, run, candidates)
-    progress.stage("Timing kernels", None)
-    costs = measure_device(
-        loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
-    )
+    if target is not None:
+        candidates, costs = target_costs(loaded, work.context, candidates, target)
+    else:
+        progress.stage("Timing kernels", None)
+        costs = measure_device(
+            loaded, work, store, run, candidates, repeats=repeats, advance=progress.advance
+        )
     progress.stage("Scoring candidates", work.texts + 1)
     head_ms = None if thorough else costs.fit.model.head_ms
     scores = score(loaded, work, store, files, run, candidates, progress.advance, head_ms=head_ms)
@@ -446,7 +460,14 @@ def plan(
     """
     progress = progress or Quiet()
     run, scores, costs = prepare(
-        loaded, work, store, files, request.repeats, progress, methods=request.methods
+        loaded,
+        work,
+        store,
+        files,
+        request.repeats,
+        progress,
+        methods=request.methods,
+        target=request.target,
     )
     planner = Planner(
         loaded,
@@ -660,7 +681,8 @@ def _study_name(planner: Planner, problem: Problem, budget: Budget) -> str:
 def _measured(planner: Planner, name: str, assignment: Assignment, problem: Problem) -> Choice:
     """Verify an assignment against the budget."""
     predicted = problem.predict(assignment)
-    measured = planner.measure(assignment, lengths=name == "per head")
+    lengths = name == "per head" and planner.costs.is_here
+    measured = planner.measure(assignment, lengths=lengths)
     dense_ms = problem.predict(problem.dense).latency_ms
     return Choice(
         name=name,

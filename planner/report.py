@@ -99,14 +99,22 @@ def to_plan(
     choice = outcome.plan
     if choice is None or choice.measured.crossover is None:
         raise ValueError("the search found no plan within its budget")
-    model = loaded.model
+    costs = outcome.costs
     target = Target(
-        device=outcome.costs.device.name,
-        kind=model.device.type,
-        dtype=str(model.dtype).removeprefix("torch."),
-        engine=f"{model.device.type} {engine_digest(model.device.type)}",
-        versions={**outcome.costs.device.versions, "attnplan": __version__},
+        device=costs.device.name,
+        kind=costs.device.kind,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        engine=f"{costs.device.kind} {costs.engine}",
+        versions={**costs.device.versions, "attnplan": __version__},
     )
+    predicted: dict[str, Any] = {
+        "kl_per_token": _short(choice.predicted_kl),
+        "latency_ms": _short(choice.predicted_ms),
+    }
+    if not costs.is_here:
+        # nothing ran there: times are those of the cost model, of attention alone
+        predicted["latency_dense_ms"] = _short(choice.measured.dense_ms)
+        predicted["latency_of"] = "attention, from the table of a device that was not here"
     evidence = {
         "calibration": {
             "data": work.tokens.name,
@@ -122,13 +130,12 @@ def to_plan(
             "sequences": int(holdout.tokens.shape[0]),
         },
         "budget": budget.canonical(),
-        "measured": _figures(choice),
-        "predicted": {
-            "kl_per_token": _short(choice.predicted_kl),
-            "latency_ms": _short(choice.predicted_ms),
+        "measured": _figures(choice, timed=costs.is_here),
+        "predicted": predicted,
+        "baselines": {
+            other.name: _figures(other, timed=costs.is_here) for other in outcome.baselines
         },
-        "baselines": {other.name: _figures(other) for other in outcome.baselines},
-        "cost_model_error": _short(outcome.costs.fit.mape),
+        "cost_model_error": _short(costs.fit.mape),
         "store": {"profile_run": outcome.run, "search": outcome.search},
     }
     return Plan.from_assignment(
@@ -248,31 +255,34 @@ def with_memory(
     )
 
 
-def figures(choice: Choice) -> dict[str, float]:
-    """Measured numbers as the store keeps them beside a plan."""
+def figures(choice: Choice, *, timed: bool = True) -> dict[str, float]:
+    """Measured numbers as the store keeps them beside a plan; times only where they were taken."""
     measured = choice.measured
+    times = {"latency_ms": measured.latency_ms, "latency_dense_ms": measured.dense_ms}
     return {
         "density": measured.density,
         "kl_per_token": measured.quality.kl_per_token,
         "perplexity": measured.quality.perplexity,
         "perplexity_dense": measured.quality.perplexity_dense,
-        "latency_ms": measured.latency_ms,
-        "latency_dense_ms": measured.dense_ms,
         "induction_accuracy": measured.induction,
+        **(times if timed else {}),
     }
 
 
-def _figures(choice: Choice) -> dict[str, Any]:
+def _figures(choice: Choice, *, timed: bool) -> dict[str, Any]:
     measured = choice.measured
     quality = measured.quality
+    times = {
+        "latency_ms": [_short(measured.latency_ms), _short(measured.dense_ms)],
+        "speedups": {length: _short(value) for length, value in measured.speedups.items()},
+    }
     return {
         "density": _short(measured.density),
         "kl_per_token": _short(quality.kl_per_token),
         "kl_standard_error": None if quality.kl_spread is None else _short(quality.kl_spread),
         "perplexity_ratio": _short(quality.perplexity_ratio),
         "induction_accuracy": [_short(measured.induction), _short(measured.induction_dense)],
-        "latency_ms": [_short(measured.latency_ms), _short(measured.dense_ms)],
-        "speedups": {length: _short(value) for length, value in measured.speedups.items()},
+        **(times if timed else {}),
     }
 
 

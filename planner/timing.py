@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -41,11 +41,15 @@ class DeviceCosts:
         fit: cost model in milliseconds of this device, with its error on held-out mixtures.
         dense_prefill_ms: median of the whole dense prefill.
         device: whose costs these are.
+        engine: digest of the code that was timed.
+        is_here: the device is this one, so that predictions can be held against measurements.
     """
 
     fit: LatencyFit
     dense_prefill_ms: float
     device: records.DeviceIdentity
+    engine: str = ""
+    is_here: bool = True
 
 
 def this_device(device: torch.device) -> records.DeviceIdentity:
@@ -100,7 +104,6 @@ def measure_device(
     model, identity = loaded.model, loaded.identity
     device = this_device(model.device)
     heads = identity.heads
-    names = [catalog.key(a) for a in candidates]
     mixtures = _mixtures(candidates, heads, work.seed)
     wanted = [
         *((a,) * heads for a in candidates),
@@ -118,21 +121,32 @@ def measure_device(
         known = {t.approximation: t for t in timings(loaded, work, store, device)}
     prefill = _dense_prefill(loaded, work, store, device, repeats)
 
+    fit = fit_costs(known, candidates, heads)
+    rest_ms = max(prefill - identity.layers * fit.model.dense_layer_ms, 0.0)
+    fit = replace(fit, model=replace(fit.model, rest_ms=rest_ms))
+    return DeviceCosts(fit, prefill, device, engine_digest(device.kind))
+
+
+def fit_costs(
+    known: Mapping[str, records.KernelTiming], candidates: tuple[Approximation, ...], heads: int
+) -> LatencyFit:
+    """The cost model of a layer from timings by spelling, without what is not attention."""
+    names = [catalog.key(a) for a in candidates]
     spelled = [name for name in known if parse(name, names)]
-    counts = np.array([parse(name, names) for name in spelled])
-    ms = np.array([known[name].median_ms for name in spelled])
-    dense_ms = float(np.median(ms[(counts[:, 1:] == 0).all(1)]))
-    fit = fit_latency(
-        counts,
-        ms,
-        rest_ms=max(prefill - identity.layers * dense_ms, 0.0),
+    rows = [parse(name, names) for name in spelled]
+    uniform = {spell((a,) * heads) for a in candidates} | {
+        spell(row) for row in _beside_static(candidates, heads)
+    }
+    return fit_latency(
+        np.array(rows),
+        np.array([known[name].median_ms for name in spelled]),
+        rest_ms=0.0,
         names=[candidate_name(a) for a in candidates],
         dynamic=[not a.static for a in candidates],
         method=_methods(candidates),
         # with few heads, a mixture may turn out to be of one candidate, which must stay in the fit
-        holdout=np.isin(spelled, [spell(row) for row in mixtures if len(set(row)) > 1]),
+        holdout=np.array([name not in uniform for name in spelled]),
     )
-    return DeviceCosts(fit, prefill, device)
 
 
 def _methods(candidates: tuple[Approximation, ...]) -> list[int]:

@@ -37,6 +37,15 @@ def import_timings(store: Store, path: Path) -> int:
     """Add the timings of a file to the store, all or none; returns how many.
 
     Raises:
+        ValueError, OSError: see `read_timings`.
+    """
+    return store.import_timings(read_timings(path))
+
+
+def read_timings(path: Path) -> list[tuple[DeviceIdentity, list[KernelTiming]]]:
+    """The timings of a file, by device.
+
+    Raises:
         ValueError: a line is not what `export_timings` writes; the message names file and line.
         OSError: the file cannot be read.
     """
@@ -52,7 +61,7 @@ def import_timings(store: Store, path: Path) -> int:
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             found.setdefault(device.digest, (device, []))[1].append(timing)
-    return store.import_timings(found.values())
+    return list(found.values())
 
 
 def _parse(line: str) -> tuple[DeviceIdentity, KernelTiming]:

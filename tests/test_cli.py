@@ -237,6 +237,21 @@ def test_a_memory_budget_ends_with_a_cache_that_holds_less(run: Run, folder: Pat
     assert "decoding keeps everything in" in shown.out
 
 
+def test_budgets_of_memory_and_decoding_make_one_plan(run: Run, folder: Path) -> None:
+    """Both are searched together and in the file; what no plan can do is said beforehand."""
+    url = f"sqlite:///{folder}/together.db"
+    arguments = ("search", "tiny", *SMALL, "--trials", 1, "--db", url, "--out", "both.yaml")
+    found = run(*arguments, "--max-memory", "0.8x", "--max-decode", "100x", "--json")
+    assert found.code == 0, found.err
+    told = json.loads(found.out)
+    assert told["budget"]["max_decode"] == "100.0x"
+    assert min(told["memory"]["decode_ms"]) > 0
+    assert "max_decode: 100.0x" in (folder / "both.yaml").read_text()
+    refused = run(*arguments, "--max-decode", "0.000001ms")
+    assert refused.code == 1
+    assert "no plan generates a token in 1e-06ms: the fastest needs" in refused.err
+
+
 def test_evaluating_a_plan_that_keeps_everything_loses_nothing(run: Run, folder: Path) -> None:
     found = evaluated(run, "--plan", plan_file(folder, "whole.yaml", WHOLE))
     assert found["kl_per_token"] == pytest.approx(0, abs=1e-6)
@@ -300,6 +315,58 @@ def test_bench_times_every_candidate_and_travels(run: Run, folder: Path) -> None
     ]
     assert len(timings[0]) == len(timings[1]) > 5
     assert not list((folder / ".attnplan").glob("*/*.partial"))
+
+
+def test_bench_times_generated_tokens(run: Run, folder: Path) -> None:
+    """Every keeper beside the dense cache, from the store the second time."""
+    arguments = ("bench", "tiny", "--decode", "--context", 256, "--repeats", 1)
+    url = f"sqlite:///{folder}/decode.db"
+    found, again = (run(*arguments, "--db", url) for _ in range(2))
+    assert found.code == 0, found.err
+    assert found.out == again.out
+    assert "a token after 256, one layer" in found.out
+    assert "recent(window=92, sinks=4)" in found.out and "2 x full()" in found.out
+
+
+def test_a_plan_for_another_device_comes_from_its_table(run: Run, folder: Path) -> None:
+    """Times are predicted and said to be; quality is measured; what is missing is named."""
+    url, table = f"sqlite:///{folder}/there.db", folder / "there.jsonl"
+    bench = ("bench", "tiny", "--context", 256, "--repeats", 1, "--db", url, "--export", table)
+    assert run(*bench).code == 0
+    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    for line in lines:
+        line["device"] |= {"name": "Faraway 9000", "kind": "cuda", "threads": 0}
+        own = line["timing"]  # dense attention is slow there
+        if "dense" in own["approximation"] and "|" not in own["approximation"]:
+            for name in ("median_ms", "q25_ms", "q75_ms"):
+                own[name] *= 50
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    search = ("search", "tiny", *SMALL, "--trials", 1, "--swaps", 0, "--target", table)
+    files = ("--db", f"sqlite:///{folder}/here.db", "--out", "there.yaml")
+    found = run(*search, *files, "--max-density", 0.9, "--json")
+    assert found.code == 0, found.err
+    told = json.loads(found.out)
+    assert (told["times"], told["device"]) == ("predicted", "Faraway 9000")
+    plan = Plan.load(folder / "there.yaml")
+    assert (plan.target.device, plan.target.kind) == ("Faraway 9000", "cuda")
+    assert "latency_ms" not in plan.evidence["measured"]
+    assert plan.evidence["measured"]["kl_per_token"] >= 0
+    predicted = plan.evidence["predicted"]
+    assert predicted["latency_ms"] < predicted["latency_dense_ms"]
+    told = run(*search, *files, "--max-density", 0.9)
+    assert "attention as predicted for Faraway 9000" in told.out
+
+    elsewhere = run(*search, *files, "--max-density", 0.9, "--context", 250)
+    assert elsewhere.code == 2
+    assert "Faraway 9000 has no timings of 4 heads, 2 kv heads of 16 in float32 at 250" in (
+        elsewhere.err.replace("\n", " ")
+    )
+    memory = run(*search, *files, "--max-memory", "0.5x")
+    assert memory.code == 2 and "--target plans the prefill alone" in memory.err
+    table.write_text("")
+    empty = run(*search, *files, "--max-density", 0.9)
+    assert empty.code == 2 and "a target is one device, this table has 0: none" in empty.err
 
 
 def test_help_names_every_command(run: Run) -> None:

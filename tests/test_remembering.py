@@ -12,9 +12,11 @@ import torch
 from tests import tiny_model
 
 from attnplan.continuation import Continuation, continued, decode_ms, held_bytes, peak_bytes
+from attnplan.decode_timing import decode_costs, time_keepers
 from attnplan.evaluate import Reference, original
 from attnplan.keeper_scoring import candidates_for, score_layer
 from attnplan.kernels import catalog, keepers
+from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.layer_store import capacity, row_bytes
@@ -136,3 +138,23 @@ def test_a_search_keeps_its_budget_and_is_read_back(loaded: LoadedModel, tmp_pat
         assert found.uniform is not None  # type: ignore[attr-defined]
         with pytest.raises(BudgetError, match=r"no plan stores 0\.1x of the KV cache"):
             search("0.1x")
+
+
+def test_the_cost_of_a_token_is_fitted_to_timings(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Timings of layers of one keeper, held against layers of several; kept in the store."""
+    tokens = load_sequences(
+        loaded.tokenizer, "builtin", context=CONTEXT, sequences=1, split="calibration"
+    )
+    work = Workload(tokens, seed=0)
+    candidates = (keepers.FULL, Recent(32), Pages(4, 64))
+    with Store(f"sqlite:///{tmp_path}/store.db") as store:
+        fit = decode_costs(loaded, work, store, {}, candidates, steps=8)
+        again = decode_costs(loaded, work, store, {}, candidates, steps=8)
+        rows = [(keeper,) * 2 for keeper in candidates]
+        full, recent, pages = time_keepers(loaded, work, store, {}, rows, steps=8)
+    assert fit.model.dense_layer_ms > 0 and fit.model.rest_ms >= 0
+    assert np.array_equal(fit.model.head_ms, again.model.head_ms)
+    assert min(full.median_ms, recent.mean_ms, pages.q25_ms, full.dense_mean_ms) > 0
+    assert recent.share < 1 < full.share < pages.share
+    assert full.layers == 2 and full.steps == 8
+    assert recent.kept == "2 x recent(window=32, sinks=4)"
