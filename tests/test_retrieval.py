@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from attnplan.kernels.keeper import Keeper
 from attnplan.models import LoadedModel
 from attnplan.patch import patch_assignment, unpatch
 from attnplan.profiles.calibration import load_sequences
-from attnplan.retrieval import KINDS, Recall, Retrieval, retrieval
+from attnplan.retrieval import DEPTHS, KINDS, Recall, Retrieval, rehearsal, retrieval
 
 
 @contextmanager
@@ -73,3 +74,20 @@ def test_a_few_points_are_no_loss() -> None:
     worse = Recall({**same.in_prompt, "copy": 0.87}, same.later)
     assert same.worse(dense) == []
     assert worse.worse(dense) == ["copy"]
+
+
+def test_a_rehearsal_ends_with_every_question_and_answer(smollm2: LoadedModel) -> None:
+    """As long as the text; facts that are asked for stand in it, the oldest excepted."""
+    text = load_sequences(
+        smollm2.tokenizer, "builtin", context=2048, sequences=1, split="calibration"
+    ).tokens[0]
+    made = rehearsal(smollm2.model, smollm2.tokenizer, text)
+    assert made is not None
+    tokens, new = made
+    assert len(tokens) == 2048 and 0 < new < 512
+    told = smollm2.tokenizer.decode(tokens[:-new])
+    asked = smollm2.tokenizer.decode(tokens[-new:])
+    keys = re.findall(r"The pass key of (\w+) is (\d{5})", asked)
+    assert len(keys) == DEPTHS
+    assert sum(f"The pass key of {name} is {key}" in told for name, key in keys) >= DEPTHS - 1
+    assert rehearsal(smollm2.model, smollm2.tokenizer, text[:500]) is None
