@@ -358,7 +358,7 @@ def remember(
             progress.advance("retrieval")
             recall = probes.recall(partial(search.running, best.kept))
             best = replace(best, recall=(recall, dense_recall))
-        misses = _misses(best, budget, limit)
+        misses = _misses(best, budget, limit, 0.0 if probes is None else probes.tolerance)
         if not misses:
             break
     fits = [np.full_like(assignment, c) for c in range(1, problem.candidates)]
@@ -423,11 +423,11 @@ def _uniform_of_every_kind(
     return list(of_name.values())
 
 
-def _misses(best: Remembered, budget: Budget, limit: float) -> tuple[str, ...]:
+def _misses(best: Remembered, budget: Budget, limit: float, tolerance: float) -> tuple[str, ...]:
     """What measured figures break."""
     misses = []
     if best.recall is not None:
-        for kind in best.recall[0].worse(best.recall[1]):
+        for kind in best.recall[0].worse(best.recall[1], tolerance):
             plan, dense = (recall.in_prompt[kind] for recall in best.recall)
             misses.append(f"retrieval of {kind} is {plan:.2f}, dense {dense:.2f}")
     if best.share > limit * (1 + 1e-9):

@@ -102,6 +102,11 @@ class Retrieval:
             ]
             self.texts.append((_hide(probes, text), probes))
 
+    @property
+    def tolerance(self) -> float:
+        """What a plan may find less: two points, or one fact where there are few."""
+        return max(0.02, 1 / (DEPTHS * len(self.texts))) + 1e-9
+
     def recall(self, applied: Applied, advance: Callable[[], None] = lambda: None) -> Recall:
         """Ask everything of the model under a plan; `advance` is called after each text."""
         right: dict[tuple[str, bool], list[bool]] = {}
