@@ -43,6 +43,8 @@ from attnplan.search.study import run_study
 
 ATTEMPTS = 3
 """Plans that are verified until one holds; each counts retrieval five times as much as the last."""
+STRICT = 0.02
+"""Share of facts that a plan may find less, if a plan can be found that keeps to it."""
 RECALLING = 0.2
 """Weight of questions about a text among the scores, beside texts."""
 CALIBRATIONS = 2
@@ -344,6 +346,7 @@ def remember(
     def evaluate(assignment: Assignment, text: int) -> float:
         return search.kl(calibration, assignment, text)
 
+    fallback: Remembered | None = None
     for attempt in range(1 if recalling is None else ATTEMPTS):
         weighed = scores
         if recalling is not None:
@@ -358,9 +361,13 @@ def remember(
             progress.advance("retrieval")
             recall = probes.recall(partial(search.running, best.kept))
             best = replace(best, recall=(recall, dense_recall))
-        misses = _misses(best, budget, limit, 0.0 if probes is None else probes.tolerance)
+        misses = _misses(best, budget, limit, STRICT)
         if not misses:
             break
+        if fallback is None and probes and not _misses(best, budget, limit, probes.tolerance):
+            fallback = best  # one fact less, where there are few
+    if misses and fallback is not None:
+        best, misses = fallback, ()
     fits = [np.full_like(assignment, c) for c in range(1, problem.candidates)]
     fits = [a for a in fits if meets(problem.predict(a), limits_of(problem, within))]
     uniform = [
