@@ -170,7 +170,7 @@ def device_name(device: str) -> str:
 
 
 def prepare(device: str) -> None:
-    """Packages for the GPU machine's Python, and two captured layers of SmolLM2."""
+    """Packages for the GPU machine's Python, and one captured layer of SmolLM2."""
     import torch
     from safetensors.torch import save_file
 
@@ -188,7 +188,7 @@ def prepare(device: str) -> None:
     layers = capture(loaded.model, text, gradients=False, seed=0).layers
     saved = {
         f"{layer.layer}.{name}": getattr(layer, name)[0].to(torch.bfloat16).contiguous()
-        for layer in (layers[7], layers[21])
+        for layer in (layers[14],)
         for name in ("query", "key", "value")
     }
     save_file(saved, INPUTS)
