@@ -43,10 +43,10 @@ $(VENV)/dev: $(VENV)/demo
 
 # On a CUDA machine, with the Python of its ML image; what `gpu-prepare` left in .gpu travels there.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) tests/gpu.py
 
 gpu-prepare: $(VENV)/demo
-	$(BIN)/python benchmarks/gpu.py prepare
+	$(BIN)/python tests/gpu.py prepare
 
 clean:
 	rm -rf $(VENV) build *.egg-info .attnplan

@@ -159,6 +159,14 @@ def search(
                 "--target plans the prefill alone: leave out --max-memory and --max-decode, whose "
                 "costs are measured here"
             )
+        if max_density is None and max_latency is None:
+            for option, value in (("--max-ppl-ratio", max_ppl_ratio), ("--minimize", minimize)):
+                if value not in (None, "kl"):
+                    raise ValueError(
+                        f"{option} {value} is about the prefill, which stays dense under a budget "
+                        "for memory or decoding alone: limit it with --max-density or "
+                        "--max-latency, or the continuation with --max-kl"
+                    )
         _search_memory(
             loaded, work, held_out, budget, db, out, trials, swaps, repeats, seed, only, json_
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from attnplan.cache import stored_bytes
 from attnplan.evaluate import Applied, Reference, original
+from attnplan.kernels.benchmark import timed
 from attnplan.kernels.keeper import SLACK
 
 CONTINUED = 256
@@ -132,15 +133,14 @@ def decode_ms(
         with context():
             bodies.append(prompt(model, tokens[:first]))
     times: list[list[float]] = [[], []]
+
+    def generate(number: int, token: Tensor) -> None:
+        bodies[number] = step(model, bodies[number], token)
+
     for some in tokens[first:].split(TURN):
         for number, context in enumerate(contexts):
             with context():
-                for token in some.split(1):
-                    began = time.perf_counter()
-                    bodies[number] = step(model, bodies[number], token)
-                    if model.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    times[number].append((time.perf_counter() - began) * 1e3)
+                times[number] += [timed(partial(generate, number, t)) for t in some.split(1)]
     plan, dense = (statistics.median(found[WARM_UP:]) for found in times)
     return plan, dense
 

@@ -12,7 +12,6 @@ condensed is part of the token that it falls on.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -38,7 +37,7 @@ from attnplan.profiles.capture import LayerCapture, capture
 from attnplan.profiles.database import Store
 from attnplan.profiling import Advance, Workload, model_record, silent
 from attnplan.search.latency import LatencyFit, fit_latency
-from attnplan.timing import this_device
+from attnplan.timing import counted, this_device
 
 WARM_UP = 8
 """Tokens that are not timed."""
@@ -78,8 +77,7 @@ class DecodeTiming:
 
 def spell(row: Sequence[Keeper]) -> str:
     """The kv heads of a layer, whatever their order: '2 x recent(...) | 1 x full()'."""
-    counts = Counter(keepers.key(keeper) for keeper in row)
-    return " | ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
+    return counted(keepers.key(keeper) for keeper in row)
 
 
 def some_layers(captured: Sequence[LayerCapture]) -> list[LayerCapture]:

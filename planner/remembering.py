@@ -33,7 +33,7 @@ from attnplan.profiles.capture_files import CaptureFiles
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import digest
 from attnplan.profiling import Workload, captured_text, fitted_tensors, model_record, profile
-from attnplan.retrieval import PROBED, Recall, rehearsal, retrieval
+from attnplan.retrieval import PROBED, TOLERANCE, Recall, rehearsal, retrieval
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
@@ -43,8 +43,6 @@ from attnplan.search.study import run_study
 
 ATTEMPTS = 3
 """Plans that are verified until one holds; each counts retrieval five times as much as the last."""
-STRICT = 0.02
-"""Share of facts that a plan may find less, if a plan can be found that keeps to it."""
 RECALLING = 0.2
 """Weight of questions about a text among the scores, beside texts."""
 CALIBRATIONS = 2
@@ -248,7 +246,7 @@ class _Memory:
         self.latency = costs.model
         limited = Budget(max_memory=memory, max_latency=Limit(budget.max_decode.of(token_ms), "ms"))
         text = self.work.tokens.tokens[0]
-        for _ in range(CALIBRATIONS):
+        for left in range(CALIBRATIONS, -1, -1):
             problem = self.problem(scores)
             try:
                 assignment = solve(problem, limited).assignment
@@ -259,11 +257,12 @@ class _Memory:
                     error.resource,
                     error.smallest,
                 ) from None
-            kept = self.kept(assignment)
-            plan, dense = decode_ms(self.loaded.model, partial(self.running, kept), text)
-            factor = self.latency.factor(assignment, plan / dense * token_ms)
-            self.latency = self.latency.calibrated(factor)
-        return limited, self.problem(scores)
+            if left:
+                applied = partial(self.running, self.kept(assignment))
+                plan, dense = decode_ms(self.loaded.model, applied, text)
+                factor = self.latency.factor(assignment, plan / dense * token_ms)
+                self.latency = self.latency.calibrated(factor)
+        return limited, problem
 
     def kl(self, continuation: Continuation, assignment: Assignment, text: int) -> float:
         """Measured on one text of the workload; kept in the store."""
@@ -361,7 +360,7 @@ def remember(
             progress.advance("retrieval")
             recall = probes.recall(partial(search.running, best.kept))
             best = replace(best, recall=(recall, dense_recall))
-        misses = _misses(best, budget, limit, STRICT)
+        misses = _misses(best, budget, limit, TOLERANCE)
         if not misses:
             break
         if fallback is None and probes and not _misses(best, budget, limit, probes.tolerance):

@@ -32,6 +32,8 @@ PROBED = 2
 DEPTHS = 5
 """Facts of each kind in a text, spread evenly."""
 PLACES = ("Oslo", "Cairo", "Lima", "Tokyo", "Delhi", "Rome", "Berlin", "Madrid", "Vienna", "Sydney")
+TOLERANCE = 0.02
+"""Share of facts that a plan may find less than the original model."""
 CUE, COPIED = 16, 8
 """Tokens of a random string that are shown again, and that must follow."""
 
@@ -69,7 +71,7 @@ class Recall:
     in_prompt: dict[str, float]
     later: dict[str, float]
 
-    def worse(self, than: Recall, tolerance: float = 0.02) -> list[str]:
+    def worse(self, than: Recall, tolerance: float = TOLERANCE) -> list[str]:
         """Kinds of facts that are found in the prompt less often than by another model."""
         return [k for k in KINDS if self.in_prompt[k] < than.in_prompt[k] - tolerance]
 
@@ -104,8 +106,8 @@ class Retrieval:
 
     @property
     def tolerance(self) -> float:
-        """What a plan may find less: two points, or one fact where there are few."""
-        return max(0.02, 1 / (DEPTHS * len(self.texts))) + 1e-9
+        """`TOLERANCE`, or one fact where there are few."""
+        return max(TOLERANCE, 1 / (DEPTHS * len(self.texts))) + 1e-9
 
     def recall(self, applied: Applied, advance: Callable[[], None] = lambda: None) -> Recall:
         """Ask everything of the model under a plan; `advance` is called after each text."""

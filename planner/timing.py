@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -75,8 +75,12 @@ def candidate_name(approximation: Approximation) -> str:
 
 def spell(assignment: Sequence[Approximation]) -> str:
     """The heads of a layer, whatever their order: '3 x window(...) | 6 x dense()'."""
-    counts = Counter(catalog.key(a) for a in assignment)
-    return SEPARATOR.join(f"{n} x {name}" for name, n in sorted(counts.items()))
+    return counted(catalog.key(a) for a in assignment)
+
+
+def counted(names: Iterable[str]) -> str:
+    """How often each name occurs, whatever the order."""
+    return SEPARATOR.join(f"{n} x {name}" for name, n in sorted(Counter(names).items()))
 
 
 def parse(spelled: str, names: Sequence[str]) -> list[int] | None:

@@ -247,6 +247,8 @@ def test_budgets_of_memory_and_decoding_make_one_plan(run: Run, folder: Path) ->
     assert told["budget"]["max_decode"] == "100.0x"
     assert min(told["memory"]["decode_ms"]) > 0
     assert "max_decode: 100.0x" in (folder / "both.yaml").read_text()
+    ignored = run(*arguments, "--max-memory", "0.8x", "--max-ppl-ratio", 1.01)
+    assert ignored.code == 2 and "--max-ppl-ratio 1.01 is about the prefill" in ignored.err
     refused = run(*arguments, "--max-decode", "0.000001ms")
     assert refused.code == 1
     assert "no plan generates a token in 1e-06ms: the fastest needs" in refused.err

