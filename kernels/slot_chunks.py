@@ -185,24 +185,42 @@ def take(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def lloyd(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tensor:
-    """One-hot cluster membership [..., chunk, slots] after weighted Lloyd steps.
+    """`nearest` as one-hot membership, [..., points, clusters]."""
+    cluster = nearest(points, weight, centre, steps)
+    member = points.new_zeros(*weight.shape, centre.shape[-2])
+    return member.scatter_(-1, cluster[..., None], 1.0)
+
+
+def nearest(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tensor:
+    """The cluster of every point after weighted Lloyd steps, int64 [..., points].
 
     Args:
-        points: [..., chunk, dim].
-        weight: [..., chunk].
-        centre: [..., slots, dim], where the clusters begin.
+        points: [..., points, dim].
+        weight: [..., points].
+        centre: [..., clusters, dim], where the clusters begin.
         steps: at least 1.
     """
-    member = torch.zeros(*weight.shape, centre.shape[-2], dtype=points.dtype, device=points.device)
-    for _ in range(steps):
-        # |x - c|^2 without |x|^2, which is the same for all centres
-        distance = (centre * centre).sum(-1)[..., None, :] - 2 * points @ centre.mT
-        member = torch.zeros_like(distance).scatter_(-1, distance.argmin(-1, keepdim=True), 1.0)
-        share = member * weight[..., None]
-        total = share.sum(-2)[..., None]
-        moved = share.mT @ points / total.clamp(min=torch.finfo(points.dtype).tiny)
-        centre = torch.where(total > 0, moved, centre)  # an empty cluster stays where it is
-    return member
+    while True:
+        # |x - c|^2 / 2 without |x|^2, which is the same for all centres
+        distance = 0.5 * (centre * centre).sum(-1)[..., None, :] - points @ centre.mT
+        cluster = distance.argmin(-1)
+        steps -= 1
+        if steps == 0:
+            return cluster
+        total = gathered(weight[..., None], cluster, centre.shape[-2])
+        moved = gathered(points * weight[..., None], cluster, centre.shape[-2])
+        # an empty cluster stays where it is
+        moved = moved / total.clamp(min=torch.finfo(points.dtype).tiny)
+        centre = torch.where(total > 0, moved, centre)
+
+
+def gathered(rows: Tensor, cluster: Tensor, clusters: int) -> Tensor:
+    """Sums of the rows [..., rows, dim] of every cluster, [..., clusters, dim]."""
+    sums = rows.new_zeros(*rows.shape[:-2], clusters, rows.shape[-1])
+    offset = clusters * torch.arange(sums[..., 0, 0].numel(), device=rows.device)
+    place = cluster + offset.view(*rows.shape[:-2], 1)
+    sums.flatten(0, -2).index_add_(0, place.flatten(), rows.flatten(0, -2))
+    return sums
 
 
 def pooled(chunks: Chunks, member: Tensor) -> Summary:

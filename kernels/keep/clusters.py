@@ -26,7 +26,7 @@ from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
 from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keeper import Past
-from attnplan.kernels.slot_chunks import pick, take
+from attnplan.kernels.slot_chunks import gathered, nearest, pick, take
 
 STEPS = 3
 
@@ -97,36 +97,3 @@ class Clusters(Observed):
         mean = moments.query_mean.float().unflatten(0, (kv_heads, -1)).mean(1)
         gram = moments.query_gram.double().unflatten(0, (kv_heads, -1)).mean(1)
         return {"clusters.query_mean": mean, "clusters.metric": root(gram).float()}
-
-
-def nearest(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tensor:
-    """The cluster of every point after weighted Lloyd steps, int64 [..., points].
-
-    As `slot_chunks.lloyd`, whose one-hot matrices would cost more than the distances here.
-
-    Args:
-        points: [..., points, dim].
-        weight: [..., points].
-        centre: [..., clusters, dim], where the clusters begin.
-        steps: at least 1.
-    """
-    while True:
-        # |x - c|^2 / 2 without |x|^2, which is the same for all centres
-        distance = 0.5 * (centre * centre).sum(-1)[..., None, :] - points @ centre.mT
-        cluster = distance.argmin(-1)
-        steps -= 1
-        if steps == 0:
-            return cluster
-        total = gathered(weight[..., None], cluster, centre.shape[-2])
-        moved = gathered(points * weight[..., None], cluster, centre.shape[-2])
-        # an empty cluster stays where it is
-        centre = torch.where(total > 0, moved / total.clamp(min=1e-30), centre)
-
-
-def gathered(rows: Tensor, cluster: Tensor, clusters: int) -> Tensor:
-    """Sums of the rows [..., rows, dim] of every cluster, [..., clusters, dim]."""
-    sums = rows.new_zeros(*rows.shape[:-2], clusters, rows.shape[-1])
-    offset = clusters * torch.arange(sums[..., 0, 0].numel(), device=rows.device)
-    place = cluster + offset.view(*rows.shape[:-2], 1)
-    sums.flatten(0, -2).index_add_(0, place.flatten(), rows.flatten(0, -2))
-    return sums
