@@ -2,8 +2,8 @@
 
     python tests/aot.py 90:bf16:64:slots:4096 80:fp16:128:near:1
 
-prints a JSON object per configuration: architecture, dtype, head_dim, with slot tiles or without,
-queries. It runs in a process of its own: `TRITON_INTERPRET` must not be set when a kernel is
+prints a JSON object per configuration: architecture, dtype, head_dim, kinds of tiles (near alone,
+chosen key blocks too, or slots), queries. It runs in a process of its own: `TRITON_INTERPRET` must not be set when a kernel is
 defined.
 """
 
@@ -23,16 +23,30 @@ from triton.compiler import ASTSource, compile
 from attnplan.kernels.engines import triton as engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INSTRUCTIONS = {"hgmma": r"\bHGMMA\b", "hmma": r"\bHMMA\b", "spills": r"\b(?:LDL|STL)\b"}
-INTEGERS = {"work", "tiles", "gather", "masks", "slot_head"}
+INSTRUCTIONS = {
+    "hgmma": r"\bHGMMA\b",
+    "hmma": r"\bHMMA\b",
+    "utcmma": r"\bUTC\w*MMA\b",
+    "tile_copies": r"\bUTMALDG\b",
+    "spills": r"\b(?:LDL|STL)\b",
+}
+INTEGERS = {"work", "index", "mask", "chosen", "gather", "masks", "slot_head"}
 FLOATS = {"log_mass", "slot_log_weight", "slot_weight"}
 NUMBERS = {"heads", "queries", "keys", "slot_heads", "slots"}
 
 
-def source(dtype: str, head_dim: int, slots: bool, queries: int) -> ASTSource:
+def source(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> ASTSource:
     """The kernel as a launch specialises it whose tensors and strides are multiples of 16."""
     rows = engine.rows_of_program(queries, DTYPES[dtype])
-    constants = engine.constants(head_dim, head_dim, rows=rows, gather=True, slots=slots)
+    constants = engine.constants(
+        head_dim,
+        head_dim,
+        rows=rows,
+        gather=kind == "slots",
+        slots=kind == "slots",
+        chosen=kind == "chosen",
+        copies=arch >= 90 and dtype != "fp32",
+    )
     signature, attributes = {}, {}
     for position, name in enumerate(engine._forward.arg_names):
         is_stride = re.fullmatch(r"(query|key|value)_(batch|head|row)", name)
@@ -51,11 +65,14 @@ def source(dtype: str, head_dim: int, slots: bool, queries: int) -> ASTSource:
     return ASTSource(engine._forward, signature, constants, attributes)
 
 
-def report(arch: int, dtype: str, head_dim: int, slots: bool, queries: int) -> dict[str, int]:
+def report(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> dict[str, int]:
     """What the compiler made of one configuration."""
-    options = engine.launch_options(head_dim, DTYPES[dtype], slots=slots)
+    options = engine.launch_options(
+        head_dim, DTYPES[dtype], slots=kind == "slots", copies=arch >= 90 and dtype != "fp32"
+    )
     target = GPUTarget("cuda", arch, 32)
-    kernel = compile(source(dtype, head_dim, slots, queries), target=target, options=options)
+    made = source(arch, dtype, head_dim, kind, queries)
+    kernel = compile(made, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.kernel)
         file.flush()
@@ -78,5 +95,4 @@ def _output_of(*command: str) -> str:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         arch, dtype, head_dim, kind, queries = argument.split(":")
-        made = report(int(arch), dtype, int(head_dim), kind == "slots", int(queries))
-        print(json.dumps(made), flush=True)
+        print(json.dumps(report(int(arch), dtype, int(head_dim), kind, int(queries))), flush=True)

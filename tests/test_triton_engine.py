@@ -198,6 +198,27 @@ def test_any_list_gives_what_the_reference_gives(dtype: torch.dtype, case: Case)
         assert_matches_reference(case, dtype, mixed_list(case, seed), signed_slots(case, dtype))
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("copies", [False, True], ids=["loads", "copies"])
+def test_tile_copies_and_loads_give_the_same(
+    copies: bool, dtype: torch.dtype, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if copies and DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this device has no tile copies")
+    monkeypatch.setattr(triton, "_has_tile_copies", lambda _: copies)
+    assert_matches_reference(case, dtype, mixed_list(case, 2), signed_slots(case, dtype))
+
+
+def test_tile_copies_need_rows_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_has_tile_copies", lambda _: True)
+    whole = torch.zeros(1, 2, 70, 64, dtype=torch.bfloat16)
+    assert triton.copies_tiles(DEVICE, whole)
+    assert not triton.copies_tiles(DEVICE, whole.float())
+    assert not triton.copies_tiles(DEVICE, whole, torch.zeros_like(whole)[..., 1:])
+    assert not triton.copies_tiles(DEVICE, torch.zeros(1, 2, 70, 60, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_that_reads_nothing_is_zero(dtype: torch.dtype) -> None:
     case = Case(1, 1, 1, 3, 64, 16, 16)
@@ -315,21 +336,21 @@ def test_output_is_laid_out_as_models_want_it() -> None:
 def test_rows_start_longest_first_and_only_whole_blocks_go_without_a_mask() -> None:
     case = Case(1, 2, 1, 200, 200, 16, 16)
     tiles = mixed_list(case, 0)
-    schedule = triton._schedule(tiles, case.keys, case.kv_head)
-    lengths = (schedule.work[:, 5] - schedule.work[:, 1]).tolist()
+    schedule = triton.schedule_of(tiles, case.keys, case.kv_head)
+    lengths = (schedule.work[:, 6] - schedule.work[:, 1]).tolist()
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(schedule.work[:, 0].tolist()) == list(range(tiles.rows))
-    for _, full, masked, *_ in schedule.work.tolist():
-        index, mask = schedule.tiles[full:masked].unbind(1)
-        assert (mask == FULL).all() and ((index + 1) * BLOCK <= case.keys).all()
+    for _, full, until, *_ in schedule.work.tolist():
+        assert (schedule.mask[full:until] == FULL).all()
+        assert ((schedule.index[full:until] + 1) * BLOCK <= case.keys).all()
 
 
 def test_the_schedule_of_a_list_is_made_once_and_dies_with_it() -> None:
     case = Case(1, 2, 1, 70, 70, 16, 16)
     tiles = mixed_list(case, 0)
-    schedule = triton._schedule(tiles, case.keys, case.kv_head)
-    assert triton._schedule(tiles, case.keys, case.kv_head) is schedule
-    assert triton._schedule(tiles, case.keys, (0, 1)) is not schedule
+    schedule = triton.schedule_of(tiles, case.keys, case.kv_head)
+    assert triton.schedule_of(tiles, case.keys, case.kv_head) is schedule
+    assert triton.schedule_of(tiles, case.keys, (0, 1)) is not schedule
     alive = weakref.ref(schedule)
     del tiles, schedule
     gc.collect()

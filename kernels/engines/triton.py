@@ -1,6 +1,6 @@
 """The GPU engine: every head of a layer and every kind of tile in one launch.
 
-A program answers one row of the tile list (64 queries of one head) and carries the running
+A program answers one row of a schedule (64 queries of one head) and carries the running
 (numerator, mass, shift) of flash attention, Dao, https://arxiv.org/abs/2307.08691, through four
 loops over the row's tiles:
 
@@ -10,13 +10,14 @@ loops over the row's tiles:
     slots     pseudo-keys with a log-weight in the exponent and a signed weight in the mass
 
 Logits are kept in units of log 2, where the exponential is one instruction. Rows are started
-longest first, so that heads of very different density fill the device evenly.
+longest first, so that heads of very different density fill the device evenly. Where the device has
+a unit that copies tiles (sm_90 and later) contiguous keys and values come through it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,11 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
+from attnplan.kernels.engines import schedule as scheduling
+from attnplan.kernels.engines.schedule import Schedule
+from attnplan.kernels.tile_list import BLOCK, TileList
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+CHOSEN = tl.constexpr(scheduling.CHOSEN)
 
 
 def attend(
@@ -63,32 +67,93 @@ def attend(
         ValueError: a dtype or a scale that the kernel cannot do, or a list for another shape.
     """
     _check(query, key, value, scale, tiles)
+    schedule = schedule_of(tiles, key.shape[2], kv_head)
+    return launch(query, key, value, scale=scale, schedule=schedule, slots=slots)
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    schedule: Schedule,
+    chosen: Tensor | None = None,
+    slots: Slots | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` with a schedule in the place of a tile list.
+
+    Args:
+        query, key, value, scale, slots: as in `attend`.
+        schedule: on the device of `query`.
+        chosen: int32 [schedule.chosen], key blocks that were chosen for this call.
+    """
     batch, heads, queries, head_dim = query.shape
     value_dim = value.shape[3]
     output = query.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
     log_mass = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    if tiles.rows == 0:
+    if len(schedule.work) == 0:
         return output, log_mass
     query, key, value = (_unit_stride(x) for x in (query, key, value))
-    schedule = _schedule(tiles, key.shape[2], kv_head)
     rows = rows_of_program(queries, query.dtype)
-    has = {"gather": tiles.gather.shape[0] > 0, "slots": slots is not None}
-    grid = (tiles.rows * -(-min(queries, BLOCK) // rows),)
+    copies = copies_tiles(query.device, key, value)
+    made = constants(
+        head_dim,
+        value_dim,
+        rows=rows,
+        gather=len(schedule.gather) > 0,
+        slots=slots is not None,
+        chosen=chosen is not None,
+        copies=copies,
+    )
+    options = launch_options(
+        max(head_dim, value_dim), query.dtype, slots=slots is not None, copies=copies
+    )
+    if copies:
+        triton.set_allocator(_scratch)
     with torch.cuda.device_of(query):
-        _forward[grid](
+        _forward[(len(schedule.work) * -(-min(queries, BLOCK) // rows),)](
             query, key, value, output, log_mass,
-            schedule.work, schedule.tiles, schedule.gather, schedule.masks,
+            schedule.work, schedule.index, schedule.mask,
+            schedule.index if chosen is None else chosen,
+            schedule.gather, schedule.masks,
             *_slot_arguments(slots, query),
             scale * math.log2(math.e), heads, queries, key.shape[2],
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            **constants(head_dim, value_dim, rows=rows, **has),
-            **launch_options(max(head_dim, value_dim), query.dtype, slots=has["slots"]),
+            **made, **options,
         )  # fmt: skip
     return output, log_mass
 
 
+def copies_tiles(device: torch.device, *tensors: Tensor) -> bool:
+    """Whether the device's tile copies (tensor memory access) can read these tensors.
+
+    They are of 16-bit numbers, and all rows begin at multiples of 16 bytes.
+    """
+    if not _has_tile_copies(device) or tensors[0].dtype == torch.float32:
+        return False
+    return all(x.data_ptr() % 16 == 0 and not any(n % 8 for n in x.stride()[:3]) for x in tensors)
+
+
+@cache
+def _has_tile_copies(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory where programs describe to the device what they want copied."""
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
 def constants(
-    head_dim: int, value_dim: int, *, rows: int, gather: bool, slots: bool
+    head_dim: int,
+    value_dim: int,
+    *,
+    rows: int,
+    gather: bool,
+    slots: bool,
+    chosen: bool = False,
+    copies: bool = False,
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for, beside dtypes."""
     return {
@@ -100,6 +165,8 @@ def constants(
         "ROWS": rows,
         "HAS_GATHER": gather,
         "HAS_SLOTS": slots,
+        "HAS_CHOSEN": chosen,
+        "COPIES": copies,
     }
 
 
@@ -111,74 +178,36 @@ def rows_of_program(queries: int, dtype: torch.dtype) -> int:
     return 16 if queries <= 16 or dtype == torch.float32 else BLOCK
 
 
-def launch_options(head_dim: int, dtype: torch.dtype, *, slots: bool) -> dict[str, int | bool]:
+def launch_options(
+    head_dim: int, dtype: torch.dtype, *, slots: bool, copies: bool = False
+) -> dict[str, int | bool]:
     """Warps of a program and stages of its pipeline.
 
-    The most stages without spills on sm_80 and sm_90 that still let several programs share a
-    multiprocessor (`tests/test_triton_compile.py`): half of the stages load indices.
+    Stages hide latency, but take shared memory: with head_dim 64, two stages let five programs
+    share a multiprocessor, which is faster than three stages and three programs (438 against 382
+    TFLOP/s on an H200 with tile copies, and on par with 405 of three stages without); with 128,
+    three stages are (429 against 350).
     """
     if dtype == torch.float32:
         warps, stages = 8 if head_dim > 64 else 4, 1
     elif head_dim > 128:
         warps, stages = 8, 2
     else:
-        warps, stages = 4, 5 if head_dim <= 64 and not slots else 3
+        warps, stages = 4, 2 if copies and head_dim <= 64 else 3
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-@dataclass(frozen=True)
-class _Schedule:
-    """A tile list in the order in which the kernel reads it.
-
-    Attributes:
-        work: int32 [rows, 8], longest row first: the CSR row, where its full, masked, gather and
-            slot tiles start, where they end, its kv head, 0.
-        tiles: int32 [tiles, 2], each (index, mask), sorted by row and loop.
-        gather: int32 [gathers, 64].
-        masks: int32 [masks, 64, 2], the words of `TileList.masks` in halves, low first.
-    """
-
-    work: Tensor
-    tiles: Tensor
-    gather: Tensor
-    masks: Tensor
-
-
-_schedules: WeakKeyDictionary[TileList, dict[tuple[int, tuple[int, ...]], _Schedule]] = (
+_schedules: WeakKeyDictionary[TileList, dict[tuple[int, tuple[int, ...]], Schedule]] = (
     WeakKeyDictionary()
 )
 
 
-def _schedule(tiles: TileList, keys: int, kv_head: tuple[int, ...]) -> _Schedule:
+def schedule_of(tiles: TileList, keys: int, kv_head: tuple[int, ...]) -> Schedule:
     """The schedule of a list, made once, on its device and without waiting for it."""
     known = _schedules.setdefault(tiles, {})
     if (keys, kv_head) not in known:
-        known[keys, kv_head] = _make_schedule(tiles, keys, kv_head)
+        known[keys, kv_head] = scheduling.of_tiles(tiles, keys, kv_head)
     return known[keys, kv_head]
-
-
-def _make_schedule(tiles: TileList, keys: int, kv_head: tuple[int, ...]) -> _Schedule:
-    device = tiles.tiles.device
-    rows = torch.arange(tiles.rows, device=device, dtype=torch.int32)
-    lengths = tiles.offsets.diff()
-    kind, index, mask = tiles.tiles.unbind(1)
-    is_full = (mask == FULL) & ((index + 1) * BLOCK <= keys)
-    loop = torch.where(kind == CONTIGUOUS, torch.where(is_full, 0, 1), kind + 1)
-    row_of_tile = torch.repeat_interleave(rows, lengths, output_size=tiles.tiles.shape[0])
-    ordered, order = (row_of_tile * 4 + loop).to(torch.int32).sort(stable=True)
-
-    loops = torch.arange(4 * tiles.rows + 1, device=device, dtype=torch.int32)
-    starts = torch.searchsorted(ordered, loops, out_int32=True)  # CSR over (row, loop)
-    head = rows // tiles.blocks % tiles.heads
-    kv = torch.tensor(kv_head, dtype=torch.int32).to(device, non_blocking=True)[head]
-    columns = [rows, *starts[:-1].view(-1, 4).unbind(1), starts[4::4], kv, torch.zeros_like(rows)]
-    longest_first = lengths.argsort(descending=True, stable=True)
-    return _Schedule(
-        torch.stack(columns, dim=1)[longest_first].contiguous(),
-        tiles.tiles[order, 1:].contiguous(),
-        tiles.gather.contiguous(),
-        tiles.masks.contiguous().view(torch.int32),
-    )
 
 
 def _slot_arguments(slots: Slots | None, query: Tensor) -> tuple[Tensor | int, ...]:
@@ -223,10 +252,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, tiles: TileL
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "queries", "keys", "slot_heads", "slots"))
 def _forward(
     query, key, value, output, log_mass,
-    work, tiles, gather, masks,
+    work, index, mask, chosen, gather, masks,
     slot_key, slot_value, slot_log_weight, slot_weight, slot_head, slot_heads, slots,
     scale_log2, heads, queries, keys,
     query_batch, query_head, query_row,
@@ -235,6 +264,7 @@ def _forward(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    HAS_CHOSEN: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     if ROWS == BLOCK:
         first_row = 0
@@ -245,11 +275,18 @@ def _forward(
         work += tl.program_id(0) // parts * 8
     row = tl.load(work)
     full_start = tl.load(work + 1)
-    masked_start = tl.load(work + 2)
-    gather_start = tl.load(work + 3)
-    slots_start = tl.load(work + 4)
-    end = tl.load(work + 5)
-    kv_head = tl.load(work + 6).to(tl.int64)
+    full_end = tl.load(work + 2)
+    masked_start = tl.load(work + 3)
+    gather_start = tl.load(work + 4)
+    slots_start = tl.load(work + 5)
+    end = tl.load(work + 6)
+    kv_head = tl.load(work + 7)
+    full = index
+    if HAS_CHOSEN:
+        if kv_head >= CHOSEN:
+            full = chosen
+        kv_head = kv_head % CHOSEN
+    kv_head = kv_head.to(tl.int64)
     blocks = tl.cdiv(queries, BLOCK)
     head = (row // blocks % heads).to(tl.int64)
     batch = (row // blocks // heads).to(tl.int64)
@@ -269,39 +306,57 @@ def _forward(
     key += batch * key_batch + kv_head * key_head
     value += batch * value_batch + kv_head * value_head
     masks += 2 * first_row
+    if COPIES:
+        key_tiles = tl.make_tensor_descriptor(key, [keys, HEAD_DIM], [key_row, 1], [BLOCK, BLOCK_D])
+        value_tiles = tl.make_tensor_descriptor(
+            value, [keys, VALUE_DIM], [value_row, 1], [BLOCK, BLOCK_V]
+        )
 
     shift = tl.full([ROWS], -1.0e30, tl.float32)  # finite: -inf - -inf is no number
     mass = tl.zeros([ROWS], tl.float32)
     numerator = tl.zeros([ROWS, BLOCK_V], tl.float32)
 
-    for tile in tl.range(full_start, masked_start):
-        j = tl.load(tiles + 2 * tile).to(tl.int64) * BLOCK + c
-        k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
-        v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
+    for tile in tl.range(full_start, full_end):
+        start = tl.load(full + tile) * BLOCK
+        j = (start + c).to(tl.int64)
+        if COPIES:
+            k = key_tiles.load([start, 0])
+        else:
+            k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
         logits = tl.dot(q, k.T, input_precision="ieee")
         weights, rescale, shift = _softmax(logits, scale_log2, shift)
         mass = mass * rescale + tl.sum(weights, 1)
+        if COPIES:
+            v = value_tiles.load([start, 0])
+        else:
+            v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
         numerator = _add(numerator, rescale, weights, v)
 
     for tile in tl.range(masked_start, gather_start):
-        start = tl.load(tiles + 2 * tile) * BLOCK
+        start = tl.load(index + tile) * BLOCK
         j = tl.minimum(start + c, keys - 1).to(tl.int64)
-        k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
-        v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
-        keep = _keep(masks, tl.load(tiles + 2 * tile + 1), keys - start, ROWS, BLOCK)
+        if COPIES:  # what lies past the last key is read as 0
+            k = key_tiles.load([start, 0])
+        else:
+            k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
+        keep = _keep(masks, tl.load(mask + tile), keys - start, ROWS, BLOCK)
         logits = tl.where(keep, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
         weights, rescale, shift = _softmax(logits, scale_log2, shift)
         mass = mass * rescale + tl.sum(weights, 1)
+        if COPIES:
+            v = value_tiles.load([start, 0])
+        else:
+            v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
         numerator = _add(numerator, rescale, weights, v)
 
     if HAS_GATHER:
         for tile in tl.range(gather_start, slots_start):
-            j = tl.load(gather + tl.load(tiles + 2 * tile) * BLOCK + c)
+            j = tl.load(gather + tl.load(index + tile) * BLOCK + c)
             is_key = (j >= 0) & (j < keys)
             j = tl.where(is_key, j, 0).to(tl.int64)
             k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
             v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
-            keep = _keep(masks, tl.load(tiles + 2 * tile + 1), BLOCK, ROWS, BLOCK)
+            keep = _keep(masks, tl.load(mask + tile), BLOCK, ROWS, BLOCK)
             keep = keep & is_key[None, :]
             logits = tl.where(keep, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
             weights, rescale, shift = _softmax(logits, scale_log2, shift)
@@ -315,11 +370,11 @@ def _forward(
         slot_log_weight += far
         slot_weight += far
         for tile in tl.range(slots_start, end):
-            j = tl.load(tiles + 2 * tile).to(tl.int64) * BLOCK + c
+            j = tl.load(index + tile).to(tl.int64) * BLOCK + c
             k = _load(slot_key + j[:, None] * HEAD_DIM + d[None, :], d, HEAD_DIM, BLOCK_D)
             v = _load(slot_value + j[:, None] * VALUE_DIM + e[None, :], e, VALUE_DIM, BLOCK_V)
             log_weight = tl.load(slot_log_weight + j) * LOG2E
-            keep = _keep(masks, tl.load(tiles + 2 * tile + 1), BLOCK, ROWS, BLOCK)
+            keep = _keep(masks, tl.load(mask + tile), BLOCK, ROWS, BLOCK)
             logits = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + log_weight[None, :]
             weights, rescale, shift = _softmax(tl.where(keep, logits, float("-inf")), 1.0, shift)
             mass = mass * rescale + tl.sum(weights * tl.load(slot_weight + j)[None, :], 1)
