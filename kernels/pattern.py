@@ -2,14 +2,14 @@
 
 A static selector says with `rule(i, j)` which pairs it computes and with `reach(first, last)` which
 runs of keys may hold such pairs for the queries first..last. Only the tiles in those runs are
-evaluated, so no N x N mask appears, and each list is built once. Positions count from the first
-token that is no padding.
+evaluated, so no N x N mask appears, and each list is built once; what `whole(first, last)` names
+need not even be evaluated. Positions count from the first token that is no padding.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import ClassVar
 
@@ -33,6 +33,23 @@ class StaticPattern(Selector):
     @abstractmethod
     def reach(self, first: int, last: int) -> Iterable[tuple[int, int]]:
         """Runs [low, high) of keys that hold every pair the queries first..last may keep."""
+
+    def whole(self, first: int, last: int) -> tuple[int, int]:
+        """A run [low, high) of keys that all of the queries first..last keep, by the rule alone."""
+        return 0, 0
+
+    def one_head(
+        self, queries: int, keys: int, start: Sequence[int], blocks: tuple[int, ...]
+    ) -> TileList:
+        """The list of one head without a far field, on the CPU.
+
+        Args:
+            queries, keys: sizes of the call.
+            start: for each batch row, the first key that is no left padding.
+            blocks: which blocks of 64 query rows to answer for.
+        """
+        rows = [_one_sequence(self, queries, keys, first, blocks, ()) for first in start]
+        return tile_list.stack_batch(rows)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         queries, keys = inputs.query.shape[2], inputs.key.shape[2]
@@ -81,7 +98,8 @@ def _one_sequence(
 ) -> TileList:
     """The list of one head of one sequence; only tiles in reach are evaluated."""
     offset = keys - queries
-    pairs = []  # (row, key block, first key that is kept anyway)
+    pairs: list[tuple[int, int, int]] = []  # (row, key block, first key that is kept anyway)
+    sure = [torch.zeros(0, 2, dtype=torch.int64)]  # (row, key block) of tiles without a mask
     for index, block in enumerate(blocks):
         first = offset + block * BLOCK - start
         last = min(first + BLOCK, keys - start) - 1
@@ -90,16 +108,25 @@ def _one_sequence(
         runs = list(pattern.reach(max(first, 0), last))
         if floors:
             runs.append((floors[index] - start, last + 1))
+        low, high = pattern.whole(max(first, 0), last)
+        low, high = -(-(max(low, 0) + start) // BLOCK), (min(high, first + 1) + start) // BLOCK
+        if low < high:
+            tiles = torch.arange(low, high)
+            sure.append(torch.stack([torch.full_like(tiles, index), tiles], dim=1))
         wanted: set[int] = set()
         for begin, end in runs:
             begin, end = max(begin, 0) + start, min(end, last + 1) + start
             if begin < end:
-                wanted.update(range(begin // BLOCK, (end - 1) // BLOCK + 1))
+                begin, end = begin // BLOCK, (end - 1) // BLOCK + 1
+                wanted.update(range(begin, min(end, low) if low < high else end))
+                if low < high:
+                    wanted.update(range(max(begin, high), end))
         low_key = floors[index] if floors else keys
         pairs += [(index, tile, low_key) for tile in sorted(wanted)]
-    if not pairs:
+    sure_row, sure_tile = torch.cat(sure).unbind(1)
+    if not pairs and not len(sure_row):
         return tile_list.empty(1, 1, len(blocks), torch.device("cpu"))
-    row, tile, low = torch.tensor(pairs).unbind(1)
+    row, tile, low = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
 
     within = torch.arange(BLOCK)
     query = torch.tensor(blocks)[row][:, None] * BLOCK + within  # [tiles, 64]
@@ -116,9 +143,12 @@ def _one_sequence(
     masks, inverse = torch.unique(words[some & ~full], dim=0, return_inverse=True)
     mask = torch.full_like(tile, FULL)
     mask[some & ~full] = inverse
-    tiles = torch.stack([torch.full_like(tile, CONTIGUOUS), tile, mask], dim=1)
+    row, tile = torch.cat([row[some], sure_row]), torch.cat([tile[some], sure_tile])
+    mask = torch.cat([mask[some], torch.full_like(sure_tile, FULL)])
+    ascending = (row * -(-keys // BLOCK) + tile).argsort()
+    tiles = torch.stack([torch.full_like(tile, CONTIGUOUS), tile, mask], dim=1)[ascending]
     gather = torch.zeros(0, BLOCK, dtype=torch.int32)
-    return tile_list.from_rows(1, 1, len(blocks), row[some], tiles[some], gather, masks)
+    return tile_list.from_rows(1, 1, len(blocks), row[ascending], tiles, gather, masks)
 
 
 def window_pairs(shape: AttentionShape, window: int, sinks: int) -> int:

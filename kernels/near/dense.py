@@ -33,3 +33,6 @@ class Dense(StaticPattern):
 
     def reach(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(0, last + 1)]
+
+    def whole(self, first: int, last: int) -> tuple[int, int]:
+        return 0, first + 1

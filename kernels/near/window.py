@@ -58,3 +58,6 @@ class Window(StaticPattern):
 
     def reach(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(0, self.sinks), (first - self.window + 1, last + 1)]
+
+    def whole(self, first: int, last: int) -> tuple[int, int]:
+        return last - self.window + 1, first + 1
