@@ -11,7 +11,7 @@ summary holds padding.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -42,8 +42,8 @@ class BlockGrid:
     sink: Tensor
 
     @classmethod
-    def of(cls, inputs: Inputs, blocks: Tensor) -> Self:
-        device = inputs.query.device
+    def of(cls, inputs: Inputs, blocks: Tensor, device: torch.device | None = None) -> Self:
+        device = inputs.query.device if device is None else device
         queries, keys = inputs.query.shape[2], inputs.key.shape[2]
         begin = blocks * BLOCK + inputs.offset
         end = torch.clamp(begin + BLOCK, max=inputs.offset + queries) - 1
@@ -110,11 +110,11 @@ def block_tiles(inputs: Inputs, blocks: Tensor, grid: BlockGrid, chosen: Tensor)
     tiles = torch.stack([torch.full_like(tile, CONTIGUOUS), tile, mask], dim=1)
     rows = (b * heads + h) * count + row
     gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=chosen.device)
-    masks = _causal_words(inputs, blocks, cut)
+    masks = block_words(inputs, blocks, cut)
     return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)
 
 
-def _causal_words(inputs: Inputs, blocks: Tensor, tiles: Tensor) -> Tensor:
+def block_words(inputs: Inputs, blocks: Tensor, tiles: Tensor) -> Tensor:
     """Causal mask words of some key blocks per row, int64 [batch * blocks * n, 64]."""
     within = torch.arange(BLOCK, device=tiles.device)
     i = (blocks[:, None] * BLOCK + within)[None, :, None, :, None] + inputs.offset
@@ -187,6 +187,28 @@ class ScoredBlocks(Selector):
     @abstractmethod
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         """Score of every key block, [batch, heads, len(blocks), key blocks], at least float32."""
+
+    @classmethod
+    def layer_scores(
+        cls, selectors: Sequence[Self], inputs: Inputs, heads: tuple[int, ...]
+    ) -> Tensor:
+        """`scores` of some heads of `inputs` with a selector each, for all query blocks.
+
+        A method whose scores do not depend on settings, or need no copy of queries, overrides this.
+        """
+        blocks = torch.arange(inputs.blocks, device=inputs.query.device)
+        groups: dict[Self, list[int]] = {}
+        for place, selector in enumerate(selectors):
+            groups.setdefault(selector, []).append(place)
+        order = [place for places in groups.values() for place in places]
+        parts = [
+            selector.scores(inputs.heads(tuple(heads[place] for place in places)), blocks)
+            for selector, places in groups.items()
+        ]
+        if order == sorted(order):
+            return torch.cat(parts, 1)
+        back = torch.tensor(order, device=blocks.device).argsort()
+        return torch.cat(parts, 1)[:, back]
 
     @abstractmethod
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,9 +25,14 @@ from attnplan.kernels.approximation import (
     Selector,
     Slots,
 )
+from attnplan.kernels.block_pattern import ScoredBlocks
 from attnplan.kernels.executor import attend
 from attnplan.kernels.part import Part
+from attnplan.kernels.pattern import StaticPattern
 from attnplan.kernels.tile_list import TileList
+
+if TYPE_CHECKING:
+    from attnplan.kernels.prepared import PreparedLayer
 
 
 class LayerKernel:
@@ -41,6 +47,8 @@ class LayerKernel:
         self.assignment = assignment
         self.fitted = fitted or {}
         self.is_dense = all(a.is_dense for a in assignment)
+        self._can_prepare = can_prepare(assignment)
+        self._of_shape: dict[object, PreparedLayer] = {}
         heads: dict[Approximation, list[int]] = {}
         for head, approximation in enumerate(assignment):
             heads.setdefault(approximation, []).append(head)
@@ -77,6 +85,8 @@ class LayerKernel:
             [batch, heads, queries, value_dim], in the dtype of `query`. Rows of padding are zero.
         """
         inputs = Inputs.of_layer(query, key, value, scale=scale, start=start, fitted=self.fitted)
+        if self._can_prepare and query.device.type == "cuda":
+            return self._prepared(inputs)(inputs)[0]
         blocks = torch.arange(inputs.blocks, device=query.device)
         tiles, slots = self.tiles(inputs, blocks)
         output, _ = attend(
@@ -90,6 +100,20 @@ class LayerKernel:
             part=self.part(inputs, blocks),
         )
         return output
+
+    def _prepared(self, inputs: Inputs) -> PreparedLayer:
+        """What is made once per shape, for the last few shapes."""
+        key, value = inputs.key, inputs.value
+        shape = (inputs.query.shape, key.shape, value.shape[3], inputs.start, key.device)
+        known = self._of_shape.get(shape)
+        if known is None:
+            from attnplan.kernels.prepared import PreparedLayer
+
+            known = PreparedLayer(self.assignment, inputs)
+            self._of_shape[shape] = known
+            while len(self._of_shape) > _PREPARED_SHAPES:
+                self._of_shape.pop(next(iter(self._of_shape)))
+        return known
 
     def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
         """Tile list and slots of the whole layer for some query blocks."""
@@ -174,6 +198,14 @@ class LayerKernel:
         return order, cached
 
 
+def can_prepare(assignment: Sequence[Approximation]) -> bool:
+    """Whether all heads keep as many key blocks as is known beforehand; see `PreparedLayer`."""
+    return all(
+        a.far is None and isinstance(a.near, StaticPattern | ScoredBlocks) for a in assignment
+    )
+
+
+_PREPARED_SHAPES = 4
 _CACHED_LISTS = 256
 _STATIC: OrderedDict[object, TileList] = OrderedDict()
 

@@ -108,8 +108,9 @@ def _one_sequence(
         runs = list(pattern.reach(max(first, 0), last))
         if floors:
             runs.append((floors[index] - start, last + 1))
-        low, high = pattern.whole(max(first, 0), last)
-        low, high = -(-(max(low, 0) + start) // BLOCK), (min(high, first + 1) + start) // BLOCK
+        begin, end = pattern.whole(max(first, 0), last)
+        low = -(-(max(begin, 0) + start) // BLOCK)
+        high = (min(end, first + 1) + start) // BLOCK
         if low < high:
             tiles = torch.arange(low, high)
             sure.append(torch.stack([torch.full_like(tiles, index), tiles], dim=1))
@@ -126,14 +127,14 @@ def _one_sequence(
     sure_row, sure_tile = torch.cat(sure).unbind(1)
     if not pairs and not len(sure_row):
         return tile_list.empty(1, 1, len(blocks), torch.device("cpu"))
-    row, tile, low = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
+    row, tile, kept_from = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).unbind(1)
 
     within = torch.arange(BLOCK)
     query = torch.tensor(blocks)[row][:, None] * BLOCK + within  # [tiles, 64]
     i = (query + offset - start)[:, :, None]
     position = tile[:, None] * BLOCK + within
     j = (position - start)[:, None, :]
-    keep = pattern.rule(i, j) | (position >= low[:, None])[:, None, :]
+    keep = pattern.rule(i, j) | (position >= kept_from[:, None])[:, None, :]
     keep = keep & (j <= i) & (j >= 0)
     real = query < queries
     words = tile_list.pack_bits(keep & real[:, :, None])  # [tiles, 64]

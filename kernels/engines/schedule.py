@@ -56,8 +56,9 @@ class Schedule:
     chosen: int = 0
 
     def to(self, device: torch.device) -> Schedule:
-        moved = (t.to(device) for t in (self.work, self.index, self.mask, self.gather, self.masks))
-        return Schedule(*moved, self.chosen)
+        tensors = (self.work, self.index, self.mask, self.gather, self.masks)
+        work, index, mask, gather, masks = (t.to(device) for t in tensors)
+        return Schedule(work, index, mask, gather, masks, self.chosen)
 
 
 @dataclass(frozen=True)

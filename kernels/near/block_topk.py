@@ -11,8 +11,9 @@ are computed in float32; ties go to the earlier block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -40,6 +41,24 @@ class BlockTopK(ScoredBlocks):
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         keys = pooled_keys(inputs)[:, list(inputs.kv_head)]  # [batch, heads, key blocks, head_dim]
         return pooled_queries(inputs, blocks) @ keys.mT
+
+    @classmethod
+    def layer_scores(
+        cls, selectors: Sequence[Self], inputs: Inputs, heads: tuple[int, ...]
+    ) -> Tensor:
+        from attnplan.kernels.engines import select_triton as engine
+
+        device = inputs.query.device
+        kv_head = tuple(inputs.kv_head[head] for head in heads)
+        used = tuple(sorted(set(kv_head)))
+        start = engine.integers(inputs.start, device)
+        named, kept = engine.integers(heads, device), engine.integers(used, device)
+        queries = engine.block_means(inputs.query, named, start, inputs.offset)
+        keys = engine.block_means(inputs.key, kept, start, 0)
+        if used != kv_head:
+            row = engine.integers(tuple(used.index(kv) for kv in kv_head), device)
+            keys = keys.index_select(1, row)
+        return queries @ keys.mT
 
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:
         pooling = (shape.queries + shape.keys / shape.group) * shape.head_dim

@@ -1,0 +1,146 @@
+"""Choosing key blocks on a GPU: means of blocks, and the best blocks of every row of scores.
+
+Nothing here waits for the device, and nothing has queries x keys numbers: rows and columns are
+blocks of 64. How many blocks a row keeps is known beforehand, so its list has its place.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnplan.kernels.tile_list import BLOCK
+
+LEAST = tl.constexpr(-(2**31) + 1)
+
+
+@lru_cache(maxsize=1024)
+def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Some numbers as int32 on a device, moved there once."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device)
+
+
+def block_means(rows: Tensor, head: Tensor, start: Tensor, offset: int) -> Tensor:
+    """Mean of every 64 rows, padding left out.
+
+    Args:
+        rows: [batch, heads, length, head_dim], queries or keys.
+        head: int32 [n], heads wanted.
+        start: int32 [batch], first key that is no left padding.
+        offset: position of the first row among the keys.
+
+    Returns:
+        float32 [batch, n, blocks, head_dim]; 0 for a block of padding alone.
+    """
+    batch, _, length, head_dim = rows.shape
+    blocks = -(-length // BLOCK)
+    out = torch.empty(batch, len(head), blocks, head_dim, dtype=torch.float32, device=rows.device)
+    rows = rows if rows.stride(3) == 1 else rows.contiguous()
+    if out.numel():
+        with torch.cuda.device_of(rows):
+            _block_means[(blocks, len(head), batch)](
+                rows, head, start, out, *rows.stride()[:3], length, offset,
+                HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
+                num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def choose_blocks(
+    scores: Tensor,
+    out: Tensor,
+    *,
+    place: Tensor,
+    top: Tensor,
+    local: Tensor,
+    start: Tensor,
+    offset: int,
+) -> None:
+    """Write the whole key blocks that every query block reads, ascending.
+
+    These are the `top` best between the first block and the `local` recent ones (of equal scores
+    the earlier), the recent ones before the query block's own, and the first block if it has no
+    padding: `block_pattern.BlockGrid` says the same of masks. Tiles under a mask are not named.
+
+    Args:
+        scores: float32 [batch, heads, blocks, key blocks].
+        out: int32, all lists together.
+        place: int32 [batch, heads, blocks], where the list of a row begins in `out`.
+        top, local: int32 [heads].
+        start: int32 [batch], first key that is no left padding.
+        offset: position of the first query.
+    """
+    batch, heads, blocks, columns = scores.shape
+    width = max(16, triton.next_power_of_2(columns))
+    if out.numel():
+        with torch.cuda.device_of(scores):
+            _choose_blocks[(blocks, heads, batch)](
+                scores.contiguous(), place, top, local, start, out, offset, columns,
+                BLOCK=BLOCK, WIDTH=width, num_warps=max(1, min(8, width // 256)),
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("length", "offset"))
+def _block_means(
+    rows, head, start, out, batch_stride, head_stride, row_stride, length, offset,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, heads, batch = tl.program_id(0), tl.num_programs(1), tl.program_id(2)
+    h = tl.load(head + tl.program_id(1)).to(tl.int64)
+    r = block * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    real = (r < length) & (r + offset >= tl.load(start + batch))
+    rows += batch.to(tl.int64) * batch_stride + h * head_stride
+    x = tl.load(
+        rows + r.to(tl.int64)[:, None] * row_stride + d[None, :],
+        mask=real[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    count = tl.maximum(tl.sum(real.to(tl.int32), 0), 1).to(tl.float32)
+    place = (batch * heads + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + block
+    tl.store(out + place * HEAD_DIM + d, tl.sum(x.to(tl.float32), 0) / count, mask=d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=("offset", "columns"))
+def _choose_blocks(
+    scores, place, top, local, start, out, offset, columns,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (batch * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + block
+    c = tl.arange(0, WIDTH)
+    own = (block * BLOCK + offset) // BLOCK
+    padding = tl.load(start + batch)
+    sink = padding // BLOCK
+    recent = own - tl.load(local + head) + 1
+    candidate = (c > sink) & (c < recent)
+    kept = (c >= tl.maximum(recent, sink + 1)) & (c < own)
+    whole = tl.where(padding % BLOCK == 0, sink, -1)
+    kept = kept | ((c == whole) & (c < own))
+
+    # the largest threshold that `top` candidates reach, bit by bit
+    key = _ordered(tl.load(scores + row * columns + c, mask=candidate & (c < columns), other=0.0))
+    wanted = tl.minimum(tl.load(top + head), tl.sum(candidate.to(tl.int32), 0))
+    low, high = LEAST + 0 * own, 0x7FFFFFFF + 0 * own
+    for _ in range(32):
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        enough = tl.sum((candidate & (key >= middle)).to(tl.int32), 0) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, tl.maximum(middle - 1, low))
+    above = candidate & (key > low)
+    tie = candidate & (key == low)
+    left = wanted - tl.sum(above.to(tl.int32), 0)
+    chosen = kept | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))
+    tl.store(out + tl.load(place + row) + tl.cumsum(chosen.to(tl.int32), 0) - 1, c, mask=chosen)
+
+
+@triton.jit
+def _ordered(x):
+    """float32 to int32 that are ordered alike; what is no number comes last."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # no -0
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x == x, tl.maximum(bits, LEAST), LEAST)

@@ -1,0 +1,165 @@
+"""A layer on a GPU whose heads keep as many key blocks as is known beforehand.
+
+For heads with static patterns, and for heads that choose the best key blocks, only the numbers of
+the chosen blocks depend on the content. Everything else (rows, their order, masks, places of lists)
+is made once per shape on the host; a call scores blocks, chooses, and launches, and waits for
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnplan.kernels.approximation import Approximation, Inputs
+from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks, block_words
+from attnplan.kernels.engines import schedule as scheduling
+from attnplan.kernels.engines import select_triton, triton
+from attnplan.kernels.engines.schedule import FIELDS, Rows
+from attnplan.kernels.pattern import StaticPattern
+from attnplan.kernels.tile_list import BLOCK
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Heads of one method that choose blocks, on the device.
+
+    Attributes:
+        heads, selectors: which heads of the layer, with what settings.
+        begin, end: their part of the chosen blocks.
+        place: int32 [batch, heads, blocks], where a row's list begins in that part.
+        top, local: int32 [heads].
+    """
+
+    heads: tuple[int, ...]
+    selectors: tuple[ScoredBlocks, ...]
+    begin: int
+    end: int
+    place: Tensor
+    top: Tensor
+    local: Tensor
+
+
+class PreparedLayer:
+    """One layer under a fixed assignment at one shape.
+
+    Args:
+        assignment: one approximation per head; see `layer.can_prepare`.
+        inputs: a call of this shape; its numbers do not matter.
+    """
+
+    def __init__(self, assignment: Sequence[Approximation], inputs: Inputs) -> None:
+        device = inputs.query.device
+        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+        all_blocks = tuple(range(inputs.blocks))
+        static: dict[StaticPattern, list[int]] = {}
+        scored: dict[type[ScoredBlocks], list[int]] = {}
+        for head, approximation in enumerate(assignment):
+            near = approximation.near
+            if isinstance(near, StaticPattern):
+                static.setdefault(near, []).append(head)
+            elif isinstance(near, ScoredBlocks):
+                scored.setdefault(type(near), []).append(head)
+        parts: list[tuple[Sequence[int], Rows]] = []
+        for pattern, heads in static.items():
+            tiles = pattern.one_head(queries, keys, inputs.start, all_blocks)
+            parts.append((heads, scheduling.rows_of(tiles, keys, len(heads))))
+        self._choices: list[_Choice] = []
+        begin = 0
+        for heads in scored.values():
+            selectors = [assignment[head].near for head in heads]
+            rows, place = scored_rows([s for s in selectors if isinstance(s, ScoredBlocks)], inputs)
+            parts.append((heads, rows))
+            settings = [torch.tensor([getattr(s, n) for s in selectors]) for n in ("top", "local")]
+            self._choices.append(
+                _Choice(
+                    tuple(heads),
+                    tuple(s for s in selectors if isinstance(s, ScoredBlocks)),
+                    begin,
+                    begin + rows.chosen,
+                    place.to(device),
+                    *(each.to(torch.int32).to(device) for each in settings),
+                )
+            )
+            begin += rows.chosen
+        self.schedule = scheduling.join(parts, keys, inputs.kv_head).to(device)
+        self._start = select_triton.integers(inputs.start, device)
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Output [batch, heads, queries, value_dim], and log-mass [batch, heads, queries]."""
+        chosen = None
+        if self.schedule.chosen:
+            chosen = self._start.new_empty(self.schedule.chosen)
+            for choice in self._choices:
+                scores = choice.selectors[0].layer_scores(choice.selectors, inputs, choice.heads)
+                select_triton.choose_blocks(
+                    scores.float(),
+                    chosen[choice.begin : choice.end],
+                    place=choice.place,
+                    top=choice.top,
+                    local=choice.local,
+                    start=self._start,
+                    offset=inputs.offset,
+                )
+        return triton.launch(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            scale=inputs.scale,
+            schedule=self.schedule,
+            chosen=chosen,
+        )
+
+
+def scored_rows(selectors: Sequence[ScoredBlocks], inputs: Inputs) -> tuple[Rows, Tensor]:
+    """The rows of heads that choose blocks, and where their lists begin: the numbers alone.
+
+    Args:
+        selectors: one per head.
+        inputs: a call of this shape.
+
+    Returns:
+        The rows, and int32 [batch, heads, blocks], counted from the first list.
+    """
+    cpu = torch.device("cpu")
+    blocks = torch.arange(inputs.blocks)
+    grid = BlockGrid.of(inputs, blocks, cpu)
+    own, last = grid.first[:, 0], grid.last[:, 0]
+    start = torch.tensor(inputs.start)[:, None]  # [batch, 1]
+    sink = start // BLOCK
+    whole_sink = (start % BLOCK == 0) & (sink < own)  # [batch, blocks]
+
+    # tiles under masks: the same for all heads
+    cut = torch.stack([own.expand_as(whole_sink), last.expand_as(whole_sink), sink + 0 * own], -1)
+    wanted = (cut <= last[:, None]) & (cut >= sink[..., None])
+    wanted[..., 1] &= last != own
+    wanted[..., 2] &= ~whole_sink & (sink != own) & (sink != last)
+    words = block_words(inputs, blocks, cut).view(*cut.shape, BLOCK)
+    masks, mask = torch.unique(words[wanted], dim=0, return_inverse=True)
+    count = wanted.sum(2).flatten()
+    end = count.cumsum(0).view(len(start), 1, -1)
+    begin = end - count.view(end.shape)
+
+    top, local = (torch.tensor([getattr(s, n) for s in selectors]) for n in ("top", "local"))
+    recent = own - local[:, None] + 1  # [heads, blocks]
+    after = (sink + 1)[:, None]  # [batch, 1, 1]
+    chosen = torch.minimum((recent - after).clamp(min=0), top[:, None])
+    full = chosen + (own - torch.maximum(recent, after)).clamp(min=0) + whole_sink[:, None]
+    until = full.flatten().cumsum(0).view(full.shape)
+    place = until - full
+    none = torch.zeros_like(full)
+    masked, stop = begin.expand_as(full), end.expand_as(full)
+    work = torch.stack([none, place, until, masked, stop, stop, stop, none], dim=3)
+    assert work.shape[3] == FIELDS
+    rows = Rows(
+        work.to(torch.int32),
+        torch.zeros(1, 1, 1, dtype=torch.bool),
+        cut[wanted].to(torch.int32),
+        mask.to(torch.int32),
+        masks,
+        int(full.sum()),
+    )
+    return rows, place.to(torch.int32).contiguous()
