@@ -2,9 +2,9 @@
 
     python tests/aot.py 90:bf16:64:slots:4096 80:fp16:128:near:1
 
-prints a JSON object per configuration: architecture, dtype, head_dim, kinds of tiles (near alone,
-chosen key blocks too, or slots), queries. It runs in a process of its own: `TRITON_INTERPRET` must not be set when a kernel is
-defined.
+prints a JSON object per configuration: architecture, dtype, head_dim, kinds of tiles (near, and
+chosen, gather or slots too, joined by +), queries. It runs in a process of its own:
+`TRITON_INTERPRET` must not be set when a kernel is defined.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def source(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> AST
         head_dim,
         head_dim,
         rows=rows,
-        gather=kind == "slots",
-        slots=kind == "slots",
-        chosen=kind == "chosen",
+        gather="gather" in kind,
+        slots="slots" in kind,
+        chosen="chosen" in kind,
         copies=arch >= 90 and dtype != "fp32",
     )
     signature, attributes = {}, {}
@@ -68,7 +68,11 @@ def source(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> AST
 def report(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> dict[str, int]:
     """What the compiler made of one configuration."""
     options = engine.launch_options(
-        head_dim, DTYPES[dtype], slots=kind == "slots", copies=arch >= 90 and dtype != "fp32"
+        head_dim,
+        DTYPES[dtype],
+        gather="gather" in kind,
+        slots="slots" in kind,
+        copies=arch >= 90 and dtype != "fp32",
     )
     target = GPUTarget("cuda", arch, 32)
     made = source(arch, dtype, head_dim, kind, queries)

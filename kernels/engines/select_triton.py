@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.tile_list import BLOCK
 
 LEAST = tl.constexpr(-(2**31) + 1)
@@ -41,12 +42,17 @@ def block_means(rows: Tensor, head: Tensor, start: Tensor, offset: int) -> Tenso
     out = torch.empty(batch, len(head), blocks, head_dim, dtype=torch.float32, device=rows.device)
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     if out.numel():
+        constants = {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": triton.next_power_of_2(head_dim),
+            "BLOCK": BLOCK,
+        }
+        strides = rows.stride()[:3]
+        known = are_aligned((rows, head, start), strides)
+        key = (head_dim, rows.dtype, rows.device) if known else None
+        arguments = (rows, head, start, out, *strides, length, offset)
         with torch.cuda.device_of(rows):
-            _block_means[(blocks, len(head), batch)](
-                rows, head, start, out, *rows.stride()[:3], length, offset,
-                HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
-                num_warps=4,
-            )  # fmt: skip
+            _means((blocks, len(head), batch), arguments, constants, {"num_warps": 4}, key)
     return out
 
 
@@ -77,11 +83,13 @@ def choose_blocks(
     batch, heads, blocks, columns = scores.shape
     width = max(16, triton.next_power_of_2(columns))
     if out.numel():
+        scores = scores.contiguous()
+        tensors = (scores, place, top, local, start, out)
+        key = (width, scores.device) if are_aligned(tensors, ()) else None
+        constants = {"BLOCK": BLOCK, "WIDTH": width}
+        options = {"num_warps": max(1, min(8, width // 256))}
         with torch.cuda.device_of(scores):
-            _choose_blocks[(blocks, heads, batch)](
-                scores.contiguous(), place, top, local, start, out, offset, columns,
-                BLOCK=BLOCK, WIDTH=width, num_warps=max(1, min(8, width // 256)),
-            )  # fmt: skip
+            _choose((blocks, heads, batch), (*tensors, offset, columns), constants, options, key)
 
 
 @triton.jit(do_not_specialize=("length", "offset"))
@@ -136,6 +144,10 @@ def _choose_blocks(
     left = wanted - tl.sum(above.to(tl.int32), 0)
     chosen = kept | above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= left))
     tl.store(out + tl.load(place + row) + tl.cumsum(chosen.to(tl.int32), 0) - 1, c, mask=chosen)
+
+
+_means = Launcher(_block_means)
+_choose = Launcher(_choose_blocks)
 
 
 @triton.jit

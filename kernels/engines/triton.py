@@ -27,6 +27,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import schedule as scheduling
+from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.schedule import Schedule
 from attnplan.kernels.tile_list import BLOCK, TileList
 
@@ -95,34 +96,50 @@ def launch(
     if len(schedule.work) == 0:
         return output, log_mass
     query, key, value = (_unit_stride(x) for x in (query, key, value))
-    rows = rows_of_program(queries, query.dtype)
     copies = copies_tiles(query.device, key, value)
-    made = constants(
-        head_dim,
-        value_dim,
-        rows=rows,
-        gather=len(schedule.gather) > 0,
-        slots=slots is not None,
-        chosen=chosen is not None,
-        copies=copies,
+    kind = (
+        *(head_dim, value_dim, rows_of_program(queries, query.dtype), query.dtype),
+        *(len(schedule.gather) > 0, slots is not None, chosen is not None, copies),
     )
-    options = launch_options(
-        max(head_dim, value_dim), query.dtype, slots=slots is not None, copies=copies
-    )
+    made, options = _compiled_for(*kind)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    key_of_launch = None
+    if slots is None and are_aligned((query, key, value), strides):
+        key_of_launch = (kind, query.device)
     if copies:
         triton.set_allocator(_scratch)
     with torch.cuda.device_of(query):
-        _forward[(len(schedule.work) * -(-min(queries, BLOCK) // rows),)](
-            query, key, value, output, log_mass,
-            schedule.work, schedule.index, schedule.mask,
-            schedule.index if chosen is None else chosen,
-            schedule.gather, schedule.masks,
-            *_slot_arguments(slots, query),
-            scale * math.log2(math.e), heads, queries, key.shape[2],
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            **made, **options,
+        _start(
+            (len(schedule.work) * -(-min(queries, BLOCK) // kind[2]),),
+            (
+                query, key, value, output, log_mass,
+                schedule.work, schedule.index, schedule.mask,
+                schedule.index if chosen is None else chosen,
+                schedule.gather, schedule.masks,
+                *_slot_arguments(slots, query),
+                scale * math.log2(math.e), heads, queries, key.shape[2], *strides,
+            ),
+            made,
+            options,
+            key_of_launch,
         )  # fmt: skip
     return output, log_mass
+
+
+@cache
+def _compiled_for(
+    head_dim: int,
+    value_dim: int,
+    rows: int,
+    dtype: torch.dtype,
+    gather: bool,
+    slots: bool,
+    chosen: bool,
+    copies: bool,
+) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
+    has = {"gather": gather, "slots": slots, "copies": copies}
+    made = constants(head_dim, value_dim, rows=rows, chosen=chosen, **has)
+    return made, launch_options(max(head_dim, value_dim), dtype, **has)
 
 
 def copies_tiles(device: torch.device, *tensors: Tensor) -> bool:
@@ -179,22 +196,28 @@ def rows_of_program(queries: int, dtype: torch.dtype) -> int:
 
 
 def launch_options(
-    head_dim: int, dtype: torch.dtype, *, slots: bool, copies: bool = False
+    head_dim: int, dtype: torch.dtype, *, gather: bool, slots: bool, copies: bool = False
 ) -> dict[str, int | bool]:
-    """Warps of a program and stages of its pipeline.
+    """Warps of a program, stages of its pipeline and the most registers of a thread.
 
-    Stages hide latency, but take shared memory: with head_dim 64, two stages let five programs
-    share a multiprocessor, which is faster than three stages and three programs (438 against 382
-    TFLOP/s on an H200 with tile copies, and on par with 405 of three stages without); with 128,
-    three stages are (429 against 350).
+    What was fastest on an H200 (bfloat16, 8,192 tokens, 32 heads; TFLOP/s for dense heads and for a
+    window of 1,024). With head_dim 64, five programs on a multiprocessor do best, which takes two
+    stages and at most 96 registers: 438 and 355, against 383 and 300 without the limit and 416 and
+    311 with three stages. With 128, shared memory has room for two programs of three stages: 494
+    and 352, against 430 and 370 with two stages. Without tile copies: 337 to 376 and 288 to 333.
     """
+    options: dict[str, int | bool] = {"enable_fp_fusion": True}
     if dtype == torch.float32:
-        warps, stages = 8 if head_dim > 64 else 4, 1
+        options |= {"num_warps": 8 if head_dim > 64 else 4, "num_stages": 1}
     elif head_dim > 128:
-        warps, stages = 8, 2
+        options |= {"num_warps": 8, "num_stages": 2}
+    elif copies and head_dim <= 64:
+        # without spills; loops over slots and single keys need more
+        registers = 168 if gather or slots else 96
+        options |= {"num_warps": 4, "num_stages": 2, "maxnreg": registers}
     else:
-        warps, stages = 4, 2 if copies and head_dim <= 64 else 3
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        options |= {"num_warps": 4, "num_stages": 3}
+    return options
 
 
 _schedules: WeakKeyDictionary[TileList, dict[tuple[int, tuple[int, ...]], Schedule]] = (
@@ -316,8 +339,9 @@ def _forward(
     mass = tl.zeros([ROWS], tl.float32)
     numerator = tl.zeros([ROWS, BLOCK_V], tl.float32)
 
+    # the place of the next tile is known before this one is done
+    start = tl.load(full + full_start, mask=full_start < full_end, other=0) * BLOCK
     for tile in tl.range(full_start, full_end):
-        start = tl.load(full + tile) * BLOCK
         j = (start + c).to(tl.int64)
         if COPIES:
             k = key_tiles.load([start, 0])
@@ -331,6 +355,7 @@ def _forward(
         else:
             v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
         numerator = _add(numerator, rescale, weights, v)
+        start = tl.load(full + tl.minimum(tile + 1, full_end - 1)) * BLOCK
 
     for tile in tl.range(masked_start, gather_start):
         start = tl.load(index + tile) * BLOCK
@@ -390,6 +415,9 @@ def _forward(
         result.to(output.dtype.element_ty),
         mask=is_query[:, None] & (e < VALUE_DIM)[None, :],
     )
+
+
+_start = Launcher(_forward)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import ClassVar, Self
 
 from torch import Tensor
@@ -48,18 +49,31 @@ class BlockTopK(ScoredBlocks):
     ) -> Tensor:
         from attnplan.kernels.engines import select_triton as engine
 
-        device = inputs.query.device
-        kv_head = tuple(inputs.kv_head[head] for head in heads)
-        used = tuple(sorted(set(kv_head)))
-        start = engine.integers(inputs.start, device)
-        named, kept = engine.integers(heads, device), engine.integers(used, device)
-        queries = engine.block_means(inputs.query, named, start, inputs.offset)
-        keys = engine.block_means(inputs.key, kept, start, 0)
-        if used != kv_head:
-            row = engine.integers(tuple(used.index(kv) for kv in kv_head), device)
-            keys = keys.index_select(1, row)
-        return queries @ keys.mT
+        kv_head = inputs.kv_head
+        read = tuple(kv_head[head] for head in heads)
+        used, row = _grouped(read)
+        integers = partial(engine.integers, device=inputs.query.device)
+        start = integers(inputs.start)
+        queries = engine.block_means(inputs.query, integers(heads), start, inputs.offset)
+        keys = engine.block_means(inputs.key, integers(used), start, 0)
+        if row is not None:
+            return queries @ keys.index_select(1, integers(row)).mT
+        scores = queries.view(len(start), len(used), -1, queries.shape[3]) @ keys.mT
+        return scores.view(*queries.shape[:3], -1)
 
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:
         pooling = (shape.queries + shape.keys / shape.group) * shape.head_dim
         return float(candidates) * shape.head_dim + pooling
+
+
+@lru_cache(maxsize=256)
+def _grouped(read: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The kv heads that some heads read, and the place of each among them.
+
+    The places are None where equally many heads, side by side, read each.
+    """
+    used = tuple(dict.fromkeys(read))
+    each = len(read) // len(used)
+    if read == tuple(kv for kv in used for _ in range(each)):
+        return used, None
+    return used, tuple(used.index(kv) for kv in read)
