@@ -52,6 +52,10 @@ class Timing:
     host_us: float | None = None
 
 
+class WrongKernel(ValueError):
+    """A kernel does not compute what it should, so it is not timed."""
+
+
 def measure_layer(
     inputs: Inputs,
     assignment: Sequence[Approximation],
@@ -74,7 +78,7 @@ def measure_layer(
         flex: let compiled FlexAttention compete as the baseline; compiling takes long.
 
     Raises:
-        ValueError: the kernel's dense heads do not give what dense attention gives.
+        WrongKernel: the kernel's dense heads do not give what dense attention gives.
     """
     kernel = LayerKernel(tuple(assignment), inputs.fitted)
     if kernel.is_dense and not force:
@@ -195,11 +199,11 @@ def device_name(device: torch.device) -> str:
 
 def _check(output: Tensor, exact: Tensor, assignment: Sequence[Approximation]) -> None:
     if not bool(output.isfinite().all()):
-        raise ValueError(f"the engine gave numbers that are not finite for {assignment[0]}")
+        raise WrongKernel(f"the engine gave numbers that are not finite for {assignment[0]}")
     heads = [h for h, a in enumerate(assignment) if a.is_dense]
     if heads:
         wrong = (output[:, heads].float() - exact[:, heads].float()).norm()
         # two roundings of each; a baseline in float32 may multiply in TF32
         allowed = max(4 * torch.finfo(output.dtype).eps, 2e-3)
         if float(wrong / exact[:, heads].float().norm()) > allowed:
-            raise ValueError("the engine's dense heads do not give what dense attention gives")
+            raise WrongKernel("the engine's dense heads do not give what dense attention gives")

@@ -253,17 +253,60 @@ def bench(
     seed: Seed = 0,
     repeats: Repeats = 5,
     trust_remote_code: Trust = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Sweep over the kernels alone; needs no model.")
+    ] = False,
+    lengths: Annotated[str, typer.Option(help="Of --kernels: tokens.")] = "4096,8192,32768,131072",
+    head_dims: Annotated[str, typer.Option(help="Of --kernels.")] = "64,128",
+    parts: Annotated[
+        str, typer.Option(help="Of --kernels: which questions.")
+    ] = "errors,layers,mixed,crossover,decode",
+    inputs: Annotated[
+        Path | None, typer.Option(help="Of --kernels: safetensors of real queries, keys, values.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of --kernels: start no row after so many.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of --kernels: JSON lines; rows that it holds are kept.")
+    ] = None,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="Of --kernels: compiled FlexAttention competes too.")
+    ] = False,
+    json_: Json = False,
 ) -> None:
     """Time every approximation on this device, beside dense attention, into the store.
 
     With --decode, time what kv heads may keep while decoding, cache update included, beside
-    transformers' DynamicCache with SDPA.
+    transformers' DynamicCache with SDPA. With --kernels, check and time attention kernels without
+    a model and without the store.
     """
     from attnplan.profiles.database import Store
     from attnplan.profiles.device_table import export_timings, import_timings
 
+    if kernels:
+        if model is not None or decode or export is not None or import_ is not None:
+            raise ValueError("--kernels goes without MODEL, --decode, --export and --import")
+        _bench_kernels(
+            {
+                "device": device,
+                "lengths": _numbers("--lengths", lengths),
+                "head_dims": _numbers("--head-dims", head_dims),
+                "parts": tuple(parts.split(",")),
+                "inputs": inputs,
+                "seconds": seconds,
+                "repeats": repeats,
+                "flex": flex,
+            },
+            dtype,
+            out,
+            as_json=json_,
+        )
+        return
     if model is None and export is None and import_ is None:
-        raise ValueError("nothing to do: name a MODEL to time, or use --export or --import")
+        raise ValueError(
+            "nothing to do: name a MODEL to time, or use --kernels, --export or --import"
+        )
     with Store(db) as store:
         if import_ is not None:
             ERRORS.print(f"{import_timings(store, import_)} timings read from {import_}")
@@ -643,6 +686,45 @@ def _bench_decode(loaded: Any, work: Any, store: Any, repeats: int) -> None:
         )
     title = f"{this_device(loaded.model.device).name}, a token after {work.context}, one layer"
     print_table(title, DECODE_HEADERS, decode_rows(timings))
+
+
+def _bench_kernels(asked: dict[str, Any], dtype: str, out: Path | None, *, as_json: bool) -> None:
+    """Sweep over the kernels; exit code 1 where one of them is wrong."""
+    from dataclasses import asdict
+
+    from attnplan.kernel_report import tables
+    from attnplan.kernel_sweep import Sweep, sweep
+    from attnplan.models import check_device, parse_dtype
+
+    quiet_libraries()
+    check_device(asked["device"])
+    parsed = parse_dtype(dtype)
+    settings = Sweep(**asked, dtype=None if isinstance(parsed, str) else parsed)
+    with Stages() as progress:
+        progress.stage("Kernels", None)
+        outcome = sweep(settings, out, advance=progress.advance)
+    if as_json:
+        rows = [asdict(row) for row in outcome.rows]
+        _print_json({**outcome.conditions, "rows": rows, "left_out": outcome.left_out})
+    else:
+        where = outcome.conditions
+        driver = f", driver {where['driver']}" if where["driver"] else ""
+        print(f"{where['device']}{driver}, torch {where['torch']}, triton {where['triton']}")
+        print(f"engine {where['engine']}, inputs: {where['inputs']}")
+        for title, headers, cells in tables(outcome):
+            print_table(title, headers, cells)
+        for label in outcome.left_out:
+            print(f"left out for want of time: {label}")
+    if outcome.wrong:
+        leave(f"{len(outcome.wrong)} checks found wrong numbers, see above", 1)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers between commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers between commas, got {text!r}") from None
 
 
 def _print_profile(run: int, heads: Any) -> None:
