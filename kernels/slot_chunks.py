@@ -201,9 +201,7 @@ def nearest(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tenso
         steps: at least 1.
     """
     while True:
-        # |x - c|^2 / 2 without |x|^2, which is the same for all centres
-        distance = 0.5 * (centre * centre).sum(-1)[..., None, :] - points @ centre.mT
-        cluster = distance.argmin(-1)
+        cluster = _nearest_centres(points, centre)
         steps -= 1
         if steps == 0:
             return cluster
@@ -212,6 +210,17 @@ def nearest(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tenso
         # an empty cluster stays where it is
         moved = moved / total.clamp(min=torch.finfo(points.dtype).tiny)
         centre = torch.where(total > 0, moved, centre)
+
+
+def _nearest_centres(points: Tensor, centre: Tensor) -> Tensor:
+    """The nearest centre of every point, the first of equally near ones."""
+    if points.is_cuda and points.dtype != torch.float64:
+        from attnplan.kernels.engines import index_triton
+
+        return index_triton.nearest_centres(points, centre)
+    # |x - c|^2 / 2 without |x|^2, which is the same for all centres
+    distance = 0.5 * (centre * centre).sum(-1)[..., None, :] - points @ centre.mT
+    return distance.argmin(-1)
 
 
 def gathered(rows: Tensor, cluster: Tensor, clusters: int) -> Tensor:

@@ -50,7 +50,7 @@ IMPORTERS = {
         "profiles/migrations/versions/*.py",
     },
     "optuna": {"search/study.py"},
-    "triton": {"kernels/engines/triton.py", "kernels/engines/decode_triton.py"},
+    "triton": {"kernels/engines/triton.py", "kernels/engines/*_triton.py"},
     "yaml": {"planner/plan_yaml.py"},
     "typer": {"planner/cli.py"},
     "rich": {"planner/console.py"},

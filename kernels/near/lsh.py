@@ -96,9 +96,13 @@ class LSH(Selector):
 
     def _bucket(self, x: Tensor) -> Tensor:
         if self.buckets == 1:
-            return torch.zeros(*x.shape[:2], self.rounds, x.shape[2], dtype=torch.int64).to(
-                x.device
-            )
+            size = (*x.shape[:2], self.rounds, x.shape[2])
+            return torch.zeros(size, dtype=torch.int64, device=x.device)
+        if x.is_cuda and x.dtype != torch.float64:
+            from attnplan.kernels.engines import index_triton
+
+            turns = _rotations_on(x.shape[3], self.rounds, self.buckets, x.dtype, x.device)
+            return index_triton.hash_codes(x, turns, self.rounds)
         turned = x @ _rotations(x.shape[3], self.rounds, self.buckets).to(x)
         turned = turned.unflatten(3, (self.rounds, -1)).transpose(2, 3)
         return torch.cat([turned, -turned], dim=-1).argmax(-1)
@@ -132,3 +136,11 @@ def _rotations(head_dim: int, rounds: int, buckets: int) -> Tensor:
     shape = (rounds, head_dim, buckets // 2)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
     return drawn.transpose(0, 1).flatten(1)
+
+
+@lru_cache(maxsize=64)
+def _rotations_on(
+    head_dim: int, rounds: int, buckets: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`_rotations` as a device computes with them, moved there once."""
+    return _rotations(head_dim, rounds, buckets).to(device, dtype)
