@@ -101,7 +101,10 @@ def search(
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option(help="Plan for the device of this table, which `bench --export` wrote there."),
+        typer.Option(
+            help="Plan for the device of this table, which `bench --export` wrote there; or, by "
+            "estimated times, for a100, h100, h200, b200 or l40s."
+        ),
     ] = None,
     context: Context = 2048,
     sequences: Sequences = 3,
@@ -125,7 +128,10 @@ def search(
     from attnplan.profiling import capture_files, run_key
     from attnplan.search.budget import Budget, parse_latency, parse_memory
     from attnplan.search.candidates import parse_methods
+    from attnplan.target import check_target
 
+    if target is not None:
+        check_target(target)
     only = None if methods is None else parse_methods(methods)
     budget = Budget(
         max_density=max_density,
@@ -617,20 +623,29 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
             "budget": budget.canonical(),
             "rows": [asdict(row) for row in rows],
             "solver_seconds": outcome.solver_seconds,
-            "cost_model_error": outcome.costs.fit.mape,
-            "times": "measured" if outcome.costs.is_here else "predicted",
+            "cost_model_error": None if outcome.costs.is_estimate else outcome.costs.fit.mape,
+            "times": _kind_of_times(outcome.costs),
             "device": outcome.costs.device.name,
         }
         _print_json(found)
         return
     timed = "prefill measured beside dense"
     if not outcome.costs.is_here:
-        timed = f"attention as predicted for {outcome.costs.device.name}"
+        timed = f"attention as {_kind_of_times(outcome.costs)} for {outcome.costs.device.name}"
     print_table(f"Held-out text, and {timed}", HEADERS, lines(rows))
-    print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
+    if outcome.costs.is_estimate:
+        print("cost model: an estimate; no timing of this device exists, its error is unknown")
+    else:
+        print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
     print(f"solver: {outcome.solver_seconds:.2f} s from the stored scores to its first answer")
     if outcome.plan is not None:
         print(f"plan: {out}")
+
+
+def _kind_of_times(costs: Any) -> str:
+    if costs.is_estimate:
+        return "estimated"
+    return "measured" if costs.is_here else "predicted"
 
 
 def _bench(loaded: Any, work: Any, store: Any, repeats: int) -> None:

@@ -48,7 +48,7 @@ def load(
         model_id: a Hugging Face id, a local directory, a .gguf file, or `smollm2-135m`.
         plan: the plan or its file.
         dtype: of the model; by default the one that the plan was measured in.
-        device: by default the kind of device that the plan was measured on, if there is one here.
+        device: by default the kind of device that the plan was made for, if there is one here.
         force: see `patch`.
         trust_remote_code: run code that comes with the model.
         device_map: as in transformers, for models that need several devices.
@@ -103,7 +103,7 @@ def patch(
     _apply(model, sections, plan.fitted, elsewhere, plan.keepers)
     if elsewhere:
         warnings.warn(
-            f"attnplan: the plan was measured on {plan.target.kind} in {plan.target.dtype}, this "
+            f"attnplan: the plan was made for {plan.target.kind} in {plan.target.dtype}, this "
             f"model is on {here[0]} in {here[1]}; dense attention runs instead, unless force=True",
             stacklevel=2,
         )

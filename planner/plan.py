@@ -107,7 +107,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a plan was measured.
+    """What a plan was made for: where its times were taken, or predicted.
 
     Attributes:
         device: name of the device.
@@ -172,7 +172,7 @@ class Plan:
 
     Attributes:
         model: the model it was made for.
-        target: the device it was measured on.
+        target: the device it was made for.
         methods: short names of the approximations.
         prefill: sections with disjoint contexts, ascending; empty when all is dense.
         evidence: calibration, predictions, measurements, baselines: plain nested values.

@@ -31,6 +31,8 @@ HEADERS = (
     "misses",
 )
 
+ESTIMATE = "attention, estimated by a static model: no timing of the device exists"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -115,6 +117,8 @@ def to_plan(
         # nothing ran there: times are those of the cost model, of attention alone
         predicted["latency_dense_ms"] = _short(choice.measured.dense_ms)
         predicted["latency_of"] = "attention, from the table of a device that was not here"
+    if costs.is_estimate:
+        predicted["latency_of"] = ESTIMATE
     evidence = {
         "calibration": {
             "data": work.tokens.name,
@@ -135,7 +139,8 @@ def to_plan(
         "baselines": {
             other.name: _figures(other, timed=costs.is_here) for other in outcome.baselines
         },
-        "cost_model_error": _short(costs.fit.mape),
+        # of an estimate, the error is unknown: nobody timed the device
+        **({} if costs.is_estimate else {"cost_model_error": _short(costs.fit.mape)}),
         "store": {"profile_run": outcome.run, "search": outcome.search},
     }
     return Plan.from_assignment(

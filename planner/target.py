@@ -1,4 +1,7 @@
-"""Costs of a device that is not here, from the table of timings that it exported."""
+"""Costs of a device that is not here, from the table of timings that it exported.
+
+Of some devices without a table, times can be estimated: see `static_target`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,20 @@ from attnplan.kernels.approximation import Approximation
 from attnplan.models import LoadedModel
 from attnplan.profiles.device_table import read_timings
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
+from attnplan.static_target import gpu, static_costs
 from attnplan.timing import DeviceCosts, fit_costs, spell
+
+
+def check_target(path: Path) -> None:
+    """Raises ValueError unless this is a file, or the name of a device to estimate times of."""
+    if not path.exists():
+        gpu(str(path))
 
 
 def target_costs(
     loaded: LoadedModel, context: int, candidates: tuple[Approximation, ...], path: Path
 ) -> tuple[tuple[Approximation, ...], DeviceCosts]:
-    """Those candidates that the table has timings of, and the cost model fitted to them.
+    """Those candidates that there are times of on the device, and the cost model fitted to them.
 
     The table knows layers of attention, not whole models: what a prefill costs beside attention is
     unknown, and counts as nothing.
@@ -24,12 +34,16 @@ def target_costs(
         loaded: the model; its dtype and the shape of its heads must be in the table.
         context: tokens of the prefill.
         candidates: the first is dense.
-        path: what `attnplan bench --export` wrote on the device.
+        path: what `attnplan bench --export` wrote on the device, or the name of a device whose
+            times are estimated.
 
     Raises:
-        ValueError: a table of several devices, or without timings of these shapes.
+        ValueError: a table of several devices, or without timings of these shapes; or no file, and
+            no device that is known.
         OSError: the file cannot be read.
     """
+    if not path.exists():
+        return candidates, static_costs(loaded, context, candidates, gpu(str(path)))
     tables = read_timings(path)
     if len(tables) != 1:
         names = ", ".join(device.name for device, _ in tables) or "none"

@@ -43,6 +43,7 @@ class DeviceCosts:
         device: whose costs these are.
         engine: digest of the code that was timed.
         is_here: the device is this one, so that predictions can be held against measurements.
+        is_estimate: nobody timed the device: `fit` is to the figures of a static model.
     """
 
     fit: LatencyFit
@@ -50,6 +51,7 @@ class DeviceCosts:
     device: records.DeviceIdentity
     engine: str = ""
     is_here: bool = True
+    is_estimate: bool = False
 
 
 def this_device(device: torch.device) -> records.DeviceIdentity:
@@ -108,12 +110,7 @@ def measure_device(
     model, identity = loaded.model, loaded.identity
     device = this_device(model.device)
     heads = identity.heads
-    mixtures = _mixtures(candidates, heads, work.seed)
-    wanted = [
-        *((a,) * heads for a in candidates),
-        *_beside_static(candidates, heads),
-        *mixtures,
-    ]
+    wanted = rows_to_time(candidates, heads, work.seed)
     known = {t.approximation: t for t in timings(loaded, work, store, device)}
     missing = [row for row in wanted if spell(row) not in known]
     if missing:
@@ -151,6 +148,17 @@ def fit_costs(
         # with few heads, a mixture may turn out to be of one candidate, which must stay in the fit
         holdout=np.array([name not in uniform for name in spelled]),
     )
+
+
+def rows_to_time(
+    candidates: tuple[Approximation, ...], heads: int, seed: int
+) -> list[tuple[Approximation, ...]]:
+    """The layers that a cost model is fitted to: of one candidate, of almost one, and mixed."""
+    return [
+        *((a,) * heads for a in candidates),
+        *_beside_static(candidates, heads),
+        *_mixtures(candidates, heads, seed),
+    ]
 
 
 def _methods(candidates: tuple[Approximation, ...]) -> list[int]:

@@ -1,0 +1,215 @@
+"""Estimates for a GPU that nobody timed: they reproduce what was timed, and say what they are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny_model
+
+from attnplan import cli
+from attnplan.kernels import catalog
+from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.near.block_topk import BlockTopK
+from attnplan.kernels.near.loki import Loki
+from attnplan.kernels.near.window import Window
+from attnplan.plan import Plan
+from attnplan.static_target import (
+    GPUS,
+    MEASURED,
+    MEASURED_CHOICE_MS,
+    MEASURED_DENSE,
+    MeasuredLayer,
+    choice_ms,
+    dense_ms,
+    kernel_ms,
+    layer_ms,
+    makespan,
+    tiles_of,
+)
+
+H200 = GPUS["h200"]
+ALL = list(GPUS.values())
+SMALL = ("--context", 256, "--sequences", 1, "--trials", 1, "--swaps", 0, "--dtype", "bfloat16")
+
+
+def shape(keys: int = 8192, head_dim: int = 64) -> AttentionShape:
+    return AttentionShape(1, 32, 8, keys, keys, head_dim)
+
+
+def uniform(approximation: Approximation) -> list[Approximation]:
+    return [approximation] * 32
+
+
+# What was timed
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.head_dim}-{row.ms}")
+def test_timings_of_the_kernel_are_reproduced(row: MeasuredLayer) -> None:
+    layer = [a for a in row.layer for _ in range(32 // len(row.layer))]
+    assert kernel_ms(layer, shape(head_dim=row.head_dim), H200) == pytest.approx(row.ms, rel=0.1)
+
+
+@pytest.mark.parametrize(("head_dim", "ms"), MEASURED_DENSE.items())
+def test_timings_of_the_dense_kernel_are_reproduced(head_dim: int, ms: float) -> None:
+    assert dense_ms(shape(head_dim=head_dim), H200) == pytest.approx(ms, rel=0.1)
+
+
+def test_the_time_of_choosing_blocks_is_reproduced() -> None:
+    layer = uniform(Approximation(BlockTopK(12, 2)))
+    assert choice_ms(layer, shape(), H200) == pytest.approx(MEASURED_CHOICE_MS, rel=0.1)
+
+
+# Tiles and time
+
+
+def test_tiles_of_dense_attention_are_the_causal_ones() -> None:
+    tiles = tiles_of(catalog.DENSE, 8192, 8192, 64)
+    assert tiles.shape == (128, 4)
+    assert tiles.sum(0).tolist() == [128 * 127 / 2, 128, 0, 0]
+
+
+def test_tiles_of_a_window_are_counted_by_kind() -> None:
+    """A block far from the beginning: sinks, the far edge and the diagonal are masked."""
+    assert tiles_of(Approximation(Window(1024, 4)), 8192, 8192, 64)[100].tolist() == [15, 3, 0, 0]
+
+
+def test_single_keys_are_gathered() -> None:
+    loki = next(Loki.choices(shape(1024)))
+    assert tiles_of(Approximation(loki), 1024, 1024, 64)[:, 2].max() > 0
+
+
+def test_slots_are_counted() -> None:
+    pair = next(a for a in catalog.choices(shape(1024)) if a.name == "window+multipole")
+    assert tiles_of(pair, 1024, 1024, 64)[:, 3].max() > 0
+
+
+def simulated(costs: list[float], slots: int) -> float:
+    """The makespan by the book: every row goes to the slot that has least to do."""
+    loads = [0.0] * slots
+    for cost in costs:
+        loads[loads.index(min(loads))] += cost
+    return max(loads)
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(0, 3), (1, 3), (5, 8), (200, 7), (97, 1)])
+def test_rows_go_to_the_slot_that_is_free_first(rows: int, slots: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    costs = torch.rand(rows, generator=generator).double().sort(descending=True)[0].tolist()
+    assert makespan(costs, slots) == pytest.approx(simulated(costs, slots))
+
+
+@pytest.mark.parametrize("device", ALL, ids=list(GPUS))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_less_density_takes_less_time(device: object, head_dim: int) -> None:
+    assert isinstance(device, type(H200))
+    windows = [uniform(Approximation(Window(w))) for w in (6144, 4096, 2048, 1024, 512)]
+    chosen = [uniform(Approximation(BlockTopK(top))) for top in (96, 48, 24, 12, 4)]
+    for layers in (windows, chosen):
+        times = [layer_ms(layer, shape(head_dim=head_dim), device) for layer in layers]
+        assert times == sorted(times, reverse=True) and times[-1] < times[0] / 2
+
+
+def test_a_launch_is_never_free_and_memory_is_a_floor() -> None:
+    nothing = uniform(Approximation(Window(1, 0)))
+    few = layer_ms(nothing, shape(64), H200)
+    assert 0.003 < few < 0.02
+    moved = 2 * 2 * (32 + 8) * 8192 * 64 / 4.25e12 * 1e3
+    slow = layer_ms(nothing, shape(), GPUS["l40s"])
+    assert slow > moved * H200.memory_gb_s / GPUS["l40s"].memory_gb_s
+
+
+def test_heads_that_choose_together_share_the_launches() -> None:
+    block = Approximation(BlockTopK(4))
+    rest = Approximation(Window(128))
+    one, two = ([block] * n + [rest] * (32 - n) for n in (1, 2))
+    first, second = (choice_ms(layer, shape(512), H200) for layer in (one, two))
+    assert second < 1.1 * first
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("static")
+    tiny_model.save(path / "tiny")
+    return path
+
+
+@pytest.fixture
+def search(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """`attnplan search tiny` in this process: its exit code, output and errors."""
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        given = ["attnplan", "search", "tiny", "--db", f"sqlite:///{folder}/s.db", *arguments]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in given])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        found = capsys.readouterr()
+        return (code if isinstance(code, int) else 0), found.out, found.err.replace("\n", " ")
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_a_plan_from_estimates_says_so(
+    search: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quality is measured, no time is: neither in the plan nor on the console."""
+    small = replace(GPUS["h100"], multiprocessors=1, tflops=0.1)  # one that 256 tokens keep busy
+    monkeypatch.setitem(GPUS, "h100", small)
+    wanted = (*SMALL, "--methods", "window,off", "--max-density", 0.9, "--out", "plan.yaml")
+    code, out, err = search(*wanted, "--target", "h100", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["times"] == "estimated" and told["cost_model_error"] is None
+    assert told["device"] == "NVIDIA H100 SXM 80GB (static estimate)"
+    plan = Plan.load("plan.yaml")
+    assert plan.target.device == told["device"] and plan.target.engine.endswith("static estimate")
+    assert "static estimate" in plan.summary()
+    evidence = plan.evidence
+    assert "cost_model_error" not in evidence
+    for figures in (evidence["measured"], *evidence["baselines"].values()):
+        assert not {"latency_ms", "speedups"} & set(figures) and figures["kl_per_token"] >= 0
+    predicted = evidence["predicted"]
+    assert predicted["latency_ms"] < predicted["latency_dense_ms"]
+    assert "no timing of the device exists" in predicted["latency_of"]
+    code, out, err = search(*wanted, "--target", "H100")
+    assert code == 0, err
+    assert "attention as estimated for NVIDIA H100" in out
+    assert "no timing of this device exists" in out and "mean error" not in out
+
+
+def test_a_text_too_short_for_a_device_gets_no_plan(
+    search: Callable[..., tuple[int, str, str]],
+) -> None:
+    wanted = (*SMALL, "--methods", "window,off", "--max-density", 0.9, "--out", "short.yaml")
+    code, _, err = search(*wanted, "--target", "h100")
+    assert code == 1 and "predicted to be faster than dense" in err
+    assert not Path("short.yaml").exists()
+
+
+def test_an_unknown_device_is_refused(search: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = search(*SMALL, "--max-density", 0.9, "--out", "x.yaml", "--target", "h900")
+    assert code == 2 and out == ""
+    assert "h900: no file, and no device" in err
+    assert all(name in err for name in GPUS) and "--export" in err
+
+
+def test_float32_is_not_estimated(search: Callable[..., tuple[int, str, str]]) -> None:
+    wanted = (*SMALL[:-2], "--max-density", 0.9, "--out", "x.yaml", "--target", "h100")
+    code, _, err = search(*wanted)
+    assert code == 2 and "add --dtype bfloat16" in err
