@@ -250,7 +250,8 @@ def test_every_bit_of_a_mask_word_names_its_column(kind: int, column: int) -> No
     tiles = one_row((kind, 0, 0), gather=keys[None], masks=pack_bits(keep)[None])
     output, _ = triton.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
     read = column if kind == CONTIGUOUS else BLOCK - 1 - column
-    assert torch.equal(output[0, 0], value[0, 0, read].expand(BLOCK, 16))
+    # a GPU divides by a mass of 1 with an error in the last place
+    torch.testing.assert_close(output[0, 0], value[0, 0, read].expand(BLOCK, 16), atol=0, rtol=1e-6)
 
 
 def test_a_column_without_a_key_is_not_read() -> None:

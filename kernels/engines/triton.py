@@ -100,6 +100,7 @@ def launch(
     kind = (
         *(head_dim, value_dim, rows_of_program(queries, query.dtype), query.dtype),
         *(len(schedule.gather) > 0, slots is not None, chosen is not None, copies),
+        _generation(query.device),
     )
     made, options = _compiled_for(*kind)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
@@ -136,10 +137,11 @@ def _compiled_for(
     slots: bool,
     chosen: bool,
     copies: bool,
+    generation: int,
 ) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
     has = {"gather": gather, "slots": slots, "copies": copies}
     made = constants(head_dim, value_dim, rows=rows, chosen=chosen, **has)
-    return made, launch_options(max(head_dim, value_dim), dtype, **has)
+    return made, launch_options(max(head_dim, value_dim), dtype, generation=generation, **has)
 
 
 def copies_tiles(device: torch.device, *tensors: Tensor) -> bool:
@@ -152,9 +154,14 @@ def copies_tiles(device: torch.device, *tensors: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 and not any(n % 8 for n in x.stride()[:3]) for x in tensors)
 
 
-@cache
 def _has_tile_copies(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return _generation(device) >= 9
+
+
+@cache
+def _generation(device: torch.device) -> int:
+    """Major compute capability, 0 for what is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -196,7 +203,13 @@ def rows_of_program(queries: int, dtype: torch.dtype) -> int:
 
 
 def launch_options(
-    head_dim: int, dtype: torch.dtype, *, gather: bool, slots: bool, copies: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    gather: bool,
+    slots: bool,
+    copies: bool = False,
+    generation: int = 0,
 ) -> dict[str, int | bool]:
     """Warps of a program, stages of its pipeline and the most registers of a thread.
 
@@ -208,13 +221,13 @@ def launch_options(
     """
     options: dict[str, int | bool] = {"enable_fp_fusion": True}
     if dtype == torch.float32:
-        options |= {"num_warps": 8 if head_dim > 64 else 4, "num_stages": 1}
+        options |= {"num_warps": 8, "num_stages": 1}
     elif head_dim > 128:
         options |= {"num_warps": 8, "num_stages": 2}
     elif copies and head_dim <= 64:
-        # without spills; loops over slots and single keys need more
-        registers = 168 if gather or slots else 96
-        options |= {"num_warps": 4, "num_stages": 2, "maxnreg": registers}
+        options |= {"num_warps": 4, "num_stages": 2}
+        if generation == 9:  # without spills; loops over slots and single keys need more
+            options |= {"maxnreg": 168 if gather or slots else 96}
     else:
         options |= {"num_warps": 4, "num_stages": 3}
     return options
