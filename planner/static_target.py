@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
 from attnplan.models import LoadedModel
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
@@ -88,7 +86,7 @@ LAUNCH_US = 3.0
 BANDWIDTH = 4250.0 / CALIBRATED.memory_gb_s
 """Share of the peak bandwidth that a copy reaches."""
 BLOCK_LAUNCHES, BLOCK_MACS = 5, 8.0e12
-"""Choosing blocks by their means: launches, and multiply-adds per second on an H200."""
+"""Choosing blocks by scores: launches, and multiply-adds per second on an H200."""
 OTHER_LAUNCHES, OTHER_MACS = 60, 0.5e12
 """Whatever else chooses keys or sums over them: assumed, and slow, as chains of tensor calls."""
 
@@ -107,19 +105,18 @@ class MeasuredLayer:
     """
 
     head_dim: int
-    layer: tuple[Approximation, ...]
+    layer: tuple[str, ...]
     ms: float
 
 
-_WINDOW = Approximation(Window(1024, 4))
-_BLOCKS = Approximation(BlockTopK(12, 2))
-_MIX = (catalog.DENSE, Approximation(Window(512)), _BLOCKS, Approximation(Window(128)))
+_DENSE, _WINDOW, _BLOCKS = "dense()", "window(window=1024, sinks=4)", "block_topk(top=12, local=2)"
+_MIX = (_DENSE, "window(window=512, sinks=4)", _BLOCKS, "window(window=128, sinks=4)")
 MEASURED = (
-    MeasuredLayer(64, (catalog.DENSE,), 0.632),
+    MeasuredLayer(64, (_DENSE,), 0.632),
     MeasuredLayer(64, (_WINDOW,), 0.203),
     MeasuredLayer(64, (_BLOCKS,), 0.176),
     MeasuredLayer(64, _MIX, 0.263),
-    MeasuredLayer(128, (catalog.DENSE,), 1.122),
+    MeasuredLayer(128, (_DENSE,), 1.122),
     MeasuredLayer(128, (_WINDOW,), 0.410),
     MeasuredLayer(128, (_BLOCKS,), 0.331),
     MeasuredLayer(128, _MIX, 0.470),

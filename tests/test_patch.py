@@ -325,7 +325,7 @@ def test_another_dtype_is_dense_unless_forced(model: PreTrainedModel) -> None:
     model.to(torch.bfloat16)
     ids = text()
     before = logits(model, ids)
-    with pytest.warns(UserWarning, match="measured on cpu in float32, this model is on cpu in bf"):
+    with pytest.warns(UserWarning, match="made for cpu in float32, this model is on cpu in bf"):
         patch(model, plan)
     assert torch.equal(logits(model, ids), before)
     assert ran(model, ELSEWHERE) == [1, 1]

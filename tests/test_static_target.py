@@ -13,6 +13,7 @@ import torch
 from tests import tiny_model
 
 from attnplan import cli
+from attnplan.kernel_rows import parse
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.block_topk import BlockTopK
@@ -51,7 +52,7 @@ def uniform(approximation: Approximation) -> list[Approximation]:
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.head_dim}-{row.ms}")
 def test_timings_of_the_kernel_are_reproduced(row: MeasuredLayer) -> None:
-    layer = [a for a in row.layer for _ in range(32 // len(row.layer))]
+    layer = [parse(line) for line in row.layer for _ in range(32 // len(row.layer))]
     assert kernel_ms(layer, shape(head_dim=row.head_dim), H200) == pytest.approx(row.ms, rel=0.1)
 
 
