@@ -731,7 +731,8 @@ def _bench_kernels(asked: dict[str, Any], dtype: str, out: Path | None, *, as_js
         for label in outcome.left_out:
             print(f"left out for want of time: {label}")
     if outcome.wrong:
-        leave(f"{len(outcome.wrong)} checks found wrong numbers, see above", 1)
+        named = [f"{row.name}, {row.dtype} of {row.head_dim}" for row in outcome.wrong]
+        leave(f"wrong numbers: {'; '.join(named)}", 1)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -112,11 +112,14 @@ def parse(line: str) -> Approximation:
     Raises:
         ValueError: it is no such line, or names what nobody knows.
     """
-    match = re.fullmatch(r"(\w+)\(([^()]*)\)", line.strip())
-    knobs = dict(re.findall(r"(\w+)\s*=\s*(-?\d+)", match[2])) if match else {}
-    if match is None or len(knobs) != len([k for k in match[2].split(",") if k.strip()]):
+    match = re.fullmatch(rf"(\w+)\(((?:{_KNOB}(?:,\s*{_KNOB})*)?)\)", line.strip())
+    if match is None:
         raise ValueError(f"a method is spelled as window(window=128, sinks=4), got {line!r}")
-    return catalog.from_dict({"near": {"name": match[1], **{k: int(v) for k, v in knobs.items()}}})
+    knobs = {name: int(value) for name, value in re.findall(r"(\w+)=(-?\d+)", match[2])}
+    return catalog.from_dict({"near": {"name": match[1], **knobs}})
+
+
+_KNOB = r"\w+=-?\d+"
 
 
 def at_density(pattern: str, shape: AttentionShape, target: float) -> Approximation:
