@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
+from attnplan.kernels.block_pattern import ScoredBlocks
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
 from attnplan.models import LoadedModel
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
@@ -215,10 +216,17 @@ def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
         members = [a for a in layer if a.together == together and not a.static]
         first = members[0]
         macs = shape.batch * sum(a.cost(shape).selection for a in members)
-        by_means = isinstance(first.near, BlockTopK) and first.far is None
-        launches, rate = (BLOCK_LAUNCHES, BLOCK_MACS) if by_means else (OTHER_LAUNCHES, OTHER_MACS)
+        launches, rate = OTHER_LAUNCHES, OTHER_MACS
+        if first.far is None and _has_score_kernel(first):
+            launches, rate = BLOCK_LAUNCHES, BLOCK_MACS
         ms += _launches_ms(launches, device) + 1e3 * macs / (rate * _general_speed(device))
     return ms
+
+
+def _has_score_kernel(approximation: Approximation) -> bool:
+    """It chooses blocks, by scores that are not left to calls of torch."""
+    near = type(approximation.near)
+    return issubclass(near, ScoredBlocks) and "layer_scores" in vars(near)
 
 
 def makespan(costs: Sequence[float], slots: int) -> float:
