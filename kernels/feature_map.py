@@ -44,6 +44,39 @@ EMPTY = -1e30  # log-weight of a chunk without keys; finite, so that differences
 
 
 @dataclass(frozen=True)
+class Logarithms:
+    """Logarithms of features that are linear in a row y or x, but for one number per row.
+
+        lift(y)_f = y.query_f + query_constant_f - r(y)
+
+    and the same of x and key.
+
+    Attributes:
+        query, key: [heads or 1, features, head_dim].
+        query_constant, key_constant: [heads or 1, features].
+        squares: r(y) = |y|^2 / 2 and r(x) = |x|^2 / 2. Otherwise r(x) = 0, and r(y) is such that
+            the features of a query add up to 1.
+    """
+
+    query: Tensor
+    key: Tensor
+    query_constant: Tensor
+    key_constant: Tensor
+    squares: bool
+
+    def lift(self, rows: Tensor, side: Side) -> Tensor:
+        """Logarithms [batch, heads, rows, features] of rows [batch, heads, rows, head_dim]."""
+        if side == "query":
+            vectors, constant = self.query, self.query_constant
+        else:
+            vectors, constant = self.key, self.key_constant
+        made = rows @ vectors.mT + constant[:, None]
+        if self.squares:
+            return made - rows.square().sum(-1, keepdim=True) / 2
+        return torch.log_softmax(made, -1) if side == "query" else made
+
+
+@dataclass(frozen=True)
 class FeatureMap(ChunkedFarField):
     """A far field whose kernel is a product of features of the query and of the key.
 
@@ -57,7 +90,7 @@ class FeatureMap(ChunkedFarField):
     tried: ClassVar[Mapping[str, int]] = {}
     """Knobs worth trying, where they are not the defaults."""
     logarithmic: ClassVar[bool] = False
-    """`lift` answers with logarithms; the features are then positive."""
+    """`lift` answers with logarithms, which `logarithms` describes; the features are positive."""
 
     chunk: int = 256
 
@@ -76,6 +109,14 @@ class FeatureMap(ChunkedFarField):
             inputs: the call.
         """
 
+    def logarithms(self, inputs: Inputs) -> Logarithms:
+        """What `lift` answers with, where that is logarithms.
+
+        Raises:
+            NotImplementedError: it is not.
+        """
+        raise NotImplementedError(f"features of {self.name} have no logarithms")
+
     @abstractmethod
     def count(self, head_dim: int) -> int:
         """How many features a row has."""
@@ -87,6 +128,10 @@ class FeatureMap(ChunkedFarField):
     def part(
         self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
     ) -> Part | None:
+        if self.logarithmic and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
+            from attnplan.kernels.engines import linear_triton
+
+            return linear_triton.part(self, inputs, blocks, floor, sinks)
         read = self.chunks_before(inputs, floor)
         if not bool((read > 0).any()):
             return None
@@ -97,7 +142,7 @@ class FeatureMap(ChunkedFarField):
         for first in heads[::step]:
             some = tuple(heads[first : first + step])
             here = inputs.heads(some)
-            frame = _Frame.of(here)
+            frame = Frame.of(here)
             state = self._states(here, frame, int(read.max()), [sinks[h] for h in some])
             made.append(self._read(here, frame, state, blocks, read[:, list(some)]))
         numerator, mass, shift = (torch.cat(same, 1) for same in zip(*made, strict=True))
@@ -120,7 +165,7 @@ class FeatureMap(ChunkedFarField):
         return balance.fit(moments) | balance.fit_directions(moments)
 
     def _states(
-        self, inputs: Inputs, frame: _Frame, chunks: int, sinks: list[int]
+        self, inputs: Inputs, frame: Frame, chunks: int, sinks: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Sums over the first 0, 1, ... chunks, and their shifts.
 
@@ -159,7 +204,7 @@ class FeatureMap(ChunkedFarField):
     def _read(
         self,
         inputs: Inputs,
-        frame: _Frame,
+        frame: Frame,
         state: tuple[Tensor, Tensor],
         blocks: Tensor,
         read: Tensor,
@@ -195,7 +240,7 @@ class FeatureMap(ChunkedFarField):
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Means [heads, 1, head_dim] and maps [heads, head_dim, head_dim] of some heads, sqrt(s)."""
 
     query_mean: Tensor
@@ -205,7 +250,7 @@ class _Frame:
     scale: float
 
     @classmethod
-    def of(cls, inputs: Inputs) -> _Frame:
+    def of(cls, inputs: Inputs) -> Frame:
         heads = list(inputs.head)
         dtype = torch.promote_types(inputs.key.dtype, torch.float32)
 

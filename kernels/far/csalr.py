@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
-from attnplan.kernels.feature_map import FeatureMap, Side, orthogonal_rows
+from attnplan.kernels.feature_map import FeatureMap, Logarithms, Side, orthogonal_rows
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ class CSALR(FeatureMap):
             return scores
         half = landmarks.square().sum(-1)[..., None, :] / 2
         return torch.log_softmax(self.temperature * (scores - half), -1)
+
+    def logarithms(self, inputs: Inputs) -> Logarithms:
+        landmarks = self.drawn(inputs).double()
+        half = landmarks.square().sum(-1) / 2
+        return Logarithms(
+            self.temperature * landmarks,
+            landmarks,
+            -self.temperature * half,
+            torch.zeros_like(half),
+            squares=False,
+        )
 
     def drawn(self, inputs: Inputs) -> Tensor:
         """The landmarks as rows y, [heads, landmarks, head_dim]."""

@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
-from attnplan.kernels.feature_map import FeatureMap, Side, orthogonal_rows
+from attnplan.kernels.feature_map import FeatureMap, Logarithms, Side, orthogonal_rows
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Performer(FeatureMap):
         vectors = orthogonal_rows(self.features, rows.shape[-1], self.seed).to(rows)
         half = rows.square().sum(-1, keepdim=True) / 2
         return rows @ vectors.mT - (half + math.log(self.features) / 2)
+
+    def logarithms(self, inputs: Inputs) -> Logarithms:
+        vectors = orthogonal_rows(self.features, inputs.query.shape[-1], self.seed)
+        vectors = vectors[None].to(inputs.query.device)
+        constant = vectors.new_full((1, self.features), -math.log(self.features) / 2)
+        return Logarithms(vectors, vectors, constant, constant, squares=True)
 
     def count(self, head_dim: int) -> int:
         return self.features

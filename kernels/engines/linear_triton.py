@@ -1,0 +1,575 @@
+"""Sums of exponential features on a GPU: feature maps whose logarithms are linear in the row.
+
+For such a map the log-feature f of a key or of a query is
+
+    l_f(k) = k.a_f + c_f - r(k)
+
+with one number r(k) per row. Summing a feature over the keys of a chunk is then attention of the
+"query" a_f over these keys, and reading a state is attention of a query over the features, whose
+values are the means that they carry:
+
+    chunks   u_f = mean of v_j with weights e^{l_f(k_j)}, and their log-mass      per chunk
+    prefix   the same over the first 1, 2, ... chunks
+    read     n = sum_f e^{l_f(q) + log-mass_f} u_f,  z without u                  per query block
+
+Three kernels do this with the running shifts of flash attention, Dao,
+https://arxiv.org/abs/2307.08691, so no feature over- or underflows, none is in memory, and nothing
+waits for the device. Means are bounded by the values, so halves hold them. Logarithms are in units
+of log 2, as in `engines.triton`.
+
+Operands of products have the dtype of the inputs, sums are float32. What a_f loses by that is made
+up for by a second product with the rest: logarithms are as good as with a_f of 16 (bfloat16) or 22
+(float16) bits.
+
+The definition is `feature_map`; the chunked form is that of Katharopoulos et al.,
+https://arxiv.org/abs/2006.16236, and of Yang et al., https://arxiv.org/abs/2312.06635, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.engines.launching import Launcher, are_aligned
+from attnplan.kernels.engines.select_triton import integers
+from attnplan.kernels.engines.triton import DTYPES, LN2, LOG2E
+from attnplan.kernels.feature_map import FeatureMap, Frame
+from attnplan.kernels.part import Part
+from attnplan.kernels.tile_list import BLOCK
+
+NUMBERS = 1 << 27
+"""Numbers of chunk states that are held at a time."""
+LOW = tl.constexpr(-1.0e30)  # log-mass of nothing, finite: -inf - -inf is no number
+
+
+@dataclass(frozen=True)
+class Side:
+    """What turns rows of queries or keys into logarithms.
+
+    Attributes:
+        vectors: [heads, pieces, features + squares, dim], rows a_f, then those of a matrix R with
+            r(k) = |R k|^2, where r is a square. The pieces add up to a row divided by its unit. All
+            sizes are padded to whole blocks.
+        affine: float32 [heads, 2, features + squares], the unit and the constant of every row.
+    """
+
+    vectors: Tensor
+    affine: Tensor
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """Logarithms of the features of some heads, from the queries and keys themselves.
+
+    Attributes:
+        query, key: the two sides.
+        mean: float32 [heads, dim]; its product with a query is a shift of the query.
+        features: how many there are, padding included.
+        squares: r is a square; otherwise 0 for keys, and what makes features add up to 1 for
+            queries.
+    """
+
+    query: Side
+    key: Side
+    mean: Tensor
+    features: int
+    squares: bool
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the kernels are compiled for."""
+
+    head_dim: int
+    value_dim: int
+    features: int
+    squares: bool
+    chunk: int
+    dtype: torch.dtype
+
+
+def part(
+    far: FeatureMap, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
+) -> Part | None:
+    """`FeatureMap.part` of a map whose features are logarithmic.
+
+    Numerators, masses and shifts are float32, whatever the dtype of the inputs. What depends on
+    fitted data alone is made once.
+
+    Args:
+        far: the map.
+        inputs, blocks, floor, sinks: as in `FeatureMap.part`.
+
+    Returns:
+        None where the keys do not make up a chunk.
+
+    Raises:
+        ValueError: a dtype that the kernels cannot do.
+    """
+    query, key, value = (
+        t if t.stride(3) == 1 else t.contiguous() for t in (inputs.query, inputs.key, inputs.value)
+    )
+    _check(query, key, value)
+    batch, heads, queries, head_dim = query.shape
+    keys, value_dim = value.shape[2:]
+    chunks = (keys - min(inputs.start)) // far.chunk
+    if chunks < 1 or queries == 0 or len(blocks) == 0:
+        return None
+    exponents = exponents_of(far, inputs)
+    kind = _Kind(head_dim, value_dim, exponents.features, exponents.squares, far.chunk, query.dtype)
+    ints = [
+        integers(tuple(numbers), query.device) for numbers in (inputs.start, inputs.kv_head, sinks)
+    ]
+    blocks, floor = blocks.contiguous(), floor.contiguous()
+    size = (batch, heads, len(blocks) * BLOCK)
+    numerator = query.new_empty(*size, value_dim, dtype=torch.float32)
+    mass, shift = query.new_empty(2, *size, dtype=torch.float32)
+    step = max(1, NUMBERS // (batch * chunks * exponents.features * value_dim))
+    with torch.cuda.device_of(query):
+        for first in range(0, heads, step):
+            some = min(step, heads - first)
+            states = _sum_chunks(key, value, exponents.key, ints, kind, (chunks, first, some))
+            _read_states(
+                query, exponents, states, (ints[0], blocks, floor),
+                (numerator, mass, shift), kind, (chunks, first, some),
+            )  # fmt: skip
+    return Part(numerator, mass, shift, tuple(range(heads)))
+
+
+def exponents_of(far: FeatureMap, inputs: Inputs) -> Exponents:
+    """Logarithms of features for the heads and the dtype of a call, made once per fitted data.
+
+    The means and maps of `Frame` are taken into vectors and constants, in float64.
+    """
+    known = _known.setdefault(inputs.fitted_tensor("balanced.directions"), {})
+    spelled = (far, inputs.head, inputs.scale, inputs.query.dtype)
+    if spelled not in known:
+        known[spelled] = _exponents(far, inputs)
+    made: Exponents = known[spelled]
+    return made
+
+
+_known = WeakIdKeyDictionary()
+
+
+def _exponents(far: FeatureMap, inputs: Inputs) -> Exponents:
+    frame, logarithms = Frame.of(inputs), far.logarithms(inputs)
+    dtype = inputs.query.dtype
+    features = logarithms.query.shape[-2]
+    block = block_of_features(features, dtype)
+    features = -(-features // block) * block
+    query_map, key_map = frame.query_map.double().mT, frame.key_map.double().mT
+    query_mean, key_mean = frame.query_mean.double(), frame.key_mean.double()  # [heads, 1, dim]
+    query = logarithms.query.double() @ query_map
+    # e^b, which weighs a key, is a factor of every feature
+    key = logarithms.key.double() @ key_map + frame.scale * query_mean
+    sides = []
+    for vectors, constant, mean, to_rows in (
+        (query, logarithms.query_constant, query_mean, query_map),
+        (key, logarithms.key_constant, key_mean, key_map),
+    ):
+        constant = constant.double() - (vectors * mean).sum(-1)
+        made = _padded(vectors * LOG2E.value, constant * LOG2E.value, features, LOW.value)
+        if logarithms.squares:  # r = |x|^2 / 2
+            root = to_rows * (LOG2E.value / 2) ** 0.5
+            more = _padded(root, -(root * mean).sum(-1), block_of(root.shape[2]), 0.0)
+            made = torch.cat([made[0], more[0]], 1), torch.cat([made[1], more[1]], 1)
+        sides.append(_side(*made, dtype))
+    mean = frame.scale * frame.key_mean[:, 0]
+    mean = torch.nn.functional.pad(mean, (0, block_of(mean.shape[1]) - mean.shape[1]))
+    return Exponents(sides[0], sides[1], mean.float().contiguous(), features, logarithms.squares)
+
+
+def _padded(rows: Tensor, constant: Tensor, count: int, empty: float) -> tuple[Tensor, Tensor]:
+    """Rows [heads, n, dim] and constants [heads, n], of whole blocks and `count` rows."""
+    more, pad = count - rows.shape[1], torch.nn.functional.pad
+    rows = pad(rows, (0, block_of(rows.shape[2]) - rows.shape[2], 0, more))
+    return rows, pad(constant, (0, more), value=empty)
+
+
+def _side(rows: Tensor, constant: Tensor, dtype: torch.dtype) -> Side:
+    """Rows as sums of pieces, each row in a unit of its own so that halves can hold it."""
+    unit = rows.abs().amax(-1).clamp(min=1e-30).log2().ceil().exp2()
+    left, pieces = rows / unit[..., None], []
+    for _ in range(pieces_of(dtype)):
+        pieces.append(left.to(dtype))
+        left = left - pieces[-1].double()
+    return Side(torch.stack(pieces, 1), torch.stack([unit, constant], 1).float())
+
+
+def pieces_of(dtype: torch.dtype) -> int:
+    """How many numbers of a dtype add up to a number of a vector."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def block_of(dim: int) -> int:
+    """Numbers of a row, padding included."""
+    return int(max(16, triton.next_power_of_2(dim)))
+
+
+def block_of_features(features: int, dtype: torch.dtype) -> int:
+    """Features that a program has at hand; there are whole blocks of them."""
+    most = 32 if dtype == torch.float32 else 128
+    return int(max(16, min(most, triton.next_power_of_2(features))))
+
+
+def _sum_chunks(
+    key: Tensor,
+    value: Tensor,
+    side: Side,
+    ints: Sequence[Tensor],
+    kind: _Kind,
+    sizes: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """States after the first 1, 2, ... chunks, for `some` heads from `first` on.
+
+    Args:
+        ints: starts, kv heads and sinks, int32.
+        sizes: chunks, first, some.
+
+    Returns:
+        Means [batch, some, chunks, features, value_dim], in the dtype of the inputs, and log-mass
+        float32 [batch, some, chunks, features].
+    """
+    chunks, first, some = sizes
+    size = (key.shape[0], some, chunks, kind.features)
+    means = key.new_empty(*size, kind.value_dim, dtype=torch.float32)
+    state = torch.empty_like(means, dtype=kind.dtype)
+    log_mass, state_log_mass = key.new_empty(2, *size, dtype=torch.float32)
+    made, options = states_constants(kind)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    tensors = (key, value, side.vectors, side.affine, *ints, means, log_mass)
+    aligned = are_aligned(tensors, strides)
+    _sum(
+        (chunks * (kind.features // made["BLOCK_F"]), some, key.shape[0]),
+        (*tensors, *strides, key.shape[2], chunks, first),
+        made,
+        options,
+        (kind, key.device) if aligned else None,
+    )
+    made, options = prefix_constants(kind)
+    tensors = (means, log_mass, state, state_log_mass)
+    _accumulate(
+        (kind.features // made["BLOCK_F"], some, key.shape[0]),
+        (*tensors, chunks),
+        made,
+        options,
+        (kind, key.device) if are_aligned(tensors, ()) else None,
+    )
+    return state, state_log_mass
+
+
+def _read_states(
+    query: Tensor,
+    exponents: Exponents,
+    states: tuple[Tensor, Tensor],
+    places: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor],
+    kind: _Kind,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Write numerator, mass and shift of `some` heads from `first` on.
+
+    Args:
+        places: starts, blocks and floors.
+        sizes: chunks, first, some.
+    """
+    chunks, first, some = sizes
+    batch, heads, queries = query.shape[:3]
+    made, options = read_constants(kind)
+    side = exponents.query
+    tensors = (query, side.vectors, side.affine, exponents.mean, *states, *places, *out)
+    strides = query.stride()[:3]
+    blocks = len(places[1])
+    _answer(
+        (blocks * (BLOCK // made["ROWS"]), some, batch),
+        (*tensors, *strides, queries, blocks, heads, chunks, first),
+        made,
+        options,
+        (kind, query.device) if are_aligned(tensors, strides) else None,
+    )
+
+
+@cache
+def states_constants(kind: _Kind) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
+    """What the kernel that sums chunks is compiled for, and its launch options."""
+    single = kind.dtype == torch.float32
+    return _constants(kind) | {
+        "CHUNK": kind.chunk,
+        "ROWS": 32 if single else 64,
+    }, _options(kind)
+
+
+@cache
+def prefix_constants(kind: _Kind) -> tuple[dict[str, int], dict[str, int]]:
+    """What the kernel that adds up chunks is compiled for, and its launch options."""
+    made = {"VALUE_DIM": kind.value_dim, "BLOCK_V": block_of(kind.value_dim)}
+    return made | {"FEATURES": kind.features, "BLOCK_F": 16}, {"num_warps": 4, "num_stages": 4}
+
+
+@cache
+def read_constants(kind: _Kind) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
+    """What the kernel that reads states is compiled for, and its launch options."""
+    single = kind.dtype == torch.float32
+    return _constants(kind) | {
+        "CHUNK": kind.chunk,
+        "BLOCK": BLOCK,
+        "ROWS": 16 if single else BLOCK,
+    }, _options(kind)
+
+
+def _constants(kind: _Kind) -> dict[str, int | bool]:
+    return {
+        "HEAD_DIM": kind.head_dim,
+        "VALUE_DIM": kind.value_dim,
+        "BLOCK_D": block_of(kind.head_dim),
+        "BLOCK_V": block_of(kind.value_dim),
+        "FEATURES": kind.features,
+        "BLOCK_F": block_of_features(kind.features, kind.dtype),
+        "PIECES": pieces_of(kind.dtype),
+        "SQUARES": kind.squares,
+    }
+
+
+def _options(kind: _Kind) -> dict[str, int | bool]:
+    options: dict[str, int | bool] = {"enable_fp_fusion": True}
+    if kind.dtype == torch.float32:
+        return options | {"num_warps": 8, "num_stages": 1}
+    wide = max(kind.head_dim, kind.value_dim) > 64
+    return options | {"num_warps": 8 if wide else 4, "num_stages": 2}
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"sums of features are computed in {known}, got {query.dtype}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value must share a dtype, got {query.dtype}, {key.dtype} and "
+            f"{value.dtype}"
+        )
+
+
+@triton.jit(do_not_specialize=("keys", "chunks", "first"))
+def _chunk_sums(
+    key, value, vectors, affine, start, kv_head, sinks, means, log_mass,
+    key_batch, key_head, key_row, value_batch, value_head, value_row, keys, chunks, first,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, PIECES: tl.constexpr, SQUARES: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = FEATURES // BLOCK_F
+    VECTORS: tl.constexpr = FEATURES + (BLOCK_D if SQUARES else 0)
+    chunk = tl.program_id(0) // PARTS
+    head = first + tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    f = tl.program_id(0) % PARTS * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    e = tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    r = tl.arange(0, ROWS)  # [ROWS]
+    vectors += head * (PIECES * VECTORS * BLOCK_D)
+    affine += head * (2 * VECTORS)
+    kv = tl.load(kv_head + head).to(tl.int64)
+    padding = tl.load(start + batch)
+    begin = padding + chunk * CHUNK
+    real_from = padding + tl.load(sinks + head)
+    end = tl.minimum(begin + CHUNK, keys)
+    key += batch * key_batch + kv * key_head
+    value += batch * value_batch + kv * value_head
+    a, a_rest = _pieces(vectors, f, d, VECTORS, BLOCK_D, PIECES)
+    unit = tl.load(affine + f)
+    constant = tl.load(affine + VECTORS + f)
+
+    shift = tl.full([BLOCK_F], LOW, tl.float32)
+    mass = tl.zeros([BLOCK_F], tl.float32)
+    numerator = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
+    for row in tl.range(begin, begin + CHUNK, ROWS):
+        j = row + r
+        real = (j >= real_from) & (j < end)
+        k = _load(key + j.to(tl.int64)[:, None] * key_row, real, d, HEAD_DIM, BLOCK_D)
+        v = _load(value + j.to(tl.int64)[:, None] * value_row, real, e, VALUE_DIM, BLOCK_V)
+        logs = tl.dot(a, k.T, input_precision="ieee")
+        if PIECES == 2:
+            logs = tl.dot(a_rest, k.T, logs, input_precision="ieee")
+        logs = logs * unit[:, None] + constant[:, None]
+        if SQUARES:
+            r_of_k = _square(k, vectors + FEATURES * BLOCK_D, affine + FEATURES,
+                             VECTORS, BLOCK_D, PIECES)  # fmt: skip
+            logs -= r_of_k[None, :]
+        logs = tl.where(real[None, :], logs, float("-inf"))
+        new_shift = tl.maximum(shift, tl.max(logs, 1))
+        weights = tl.math.exp2(logs - new_shift[:, None])
+        rescale = tl.math.exp2(shift - new_shift)
+        mass = mass * rescale + tl.sum(weights, 1)
+        numerator = numerator * rescale[:, None]
+        numerator = tl.dot(weights.to(v.dtype), v, numerator, input_precision="ieee")
+        shift = new_shift
+
+    some = tl.num_programs(1)
+    at = ((batch * some + tl.program_id(1)) * chunks + chunk) * FEATURES + f
+    seen = tl.where(mass == 0, 1.0, mass)
+    tl.store(log_mass + at, tl.where(mass == 0, LOW, shift + tl.math.log2(seen)))
+    tl.store(
+        means + at[:, None] * VALUE_DIM + e[None, :],
+        numerator / seen[:, None],
+        mask=(e < VALUE_DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=("chunks",))
+def _prefix_sums(
+    means, log_mass, state, state_log_mass, chunks,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, FEATURES: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
+    e = tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    is_number = (e < VALUE_DIM)[None, :]
+    shift = tl.full([BLOCK_F], LOW, tl.float32)
+    mass = tl.zeros([BLOCK_F], tl.float32)
+    numerator = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
+    for chunk in tl.range(0, chunks, num_stages=4):
+        at = (head * chunks + chunk) * FEATURES + f
+        cells = at[:, None] * VALUE_DIM + e[None, :]
+        logs = tl.load(log_mass + at)
+        mean = tl.load(means + cells, mask=is_number, other=0.0)
+        new_shift = tl.maximum(shift, logs)
+        rescale = tl.math.exp2(shift - new_shift)
+        weight = tl.math.exp2(logs - new_shift)
+        mass = mass * rescale + weight
+        numerator = numerator * rescale[:, None] + mean * weight[:, None]
+        shift = new_shift
+        tl.store(state_log_mass + at, shift + tl.math.log2(mass))
+        made = (numerator / mass[:, None]).to(state.dtype.element_ty)
+        tl.store(state + cells, made, mask=is_number)
+
+
+@triton.jit(do_not_specialize=("queries", "blocks", "heads", "chunks", "first"))
+def _read(
+    query, vectors, affine, mean, state, state_log_mass, start, block, floor,
+    numerators, masses, shifts,
+    query_batch, query_head, query_row, queries, blocks, heads, chunks, first,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, PIECES: tl.constexpr, SQUARES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = BLOCK // ROWS
+    VECTORS: tl.constexpr = FEATURES + (BLOCK_D if SQUARES else 0)
+    place = tl.program_id(0) // PARTS
+    head = first + tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    e = tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    r = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    before = tl.load(floor + (batch * heads + head) * blocks + place) - tl.load(start + batch)
+    chunk = before.to(tl.int32) // CHUNK - 1  # the last that the block reads
+    at = ((batch * heads + head) * blocks + place) * BLOCK + r
+    cells = numerators + at[:, None] * VALUE_DIM + e[None, :]
+    is_number = (e < VALUE_DIM)[None, :]
+    if chunk < 0:
+        tl.store(cells, tl.zeros([ROWS, BLOCK_V], tl.float32), mask=is_number)
+        tl.store(masses + at, tl.zeros([ROWS], tl.float32))
+        tl.store(shifts + at, tl.full([ROWS], LOW, tl.float32))
+        return
+
+    q_row = tl.load(block + place) * BLOCK + r
+    query += batch * query_batch + head.to(tl.int64) * query_head
+    q = _load(
+        query + q_row.to(tl.int64)[:, None] * query_row, q_row < queries, d, HEAD_DIM, BLOCK_D
+    )
+    vectors += head * (PIECES * VECTORS * BLOCK_D)
+    affine += head * (2 * VECTORS)
+    state_at = ((batch * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * FEATURES
+    state += state_at * VALUE_DIM
+    state_log_mass += state_at
+
+    shift = tl.full([ROWS], LOW, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    numerator = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    top = tl.full([ROWS], LOW, tl.float32)  # of the query's features alone
+    total = tl.zeros([ROWS], tl.float32)
+    for part in tl.range(0, FEATURES, BLOCK_F):
+        f = part + tl.arange(0, BLOCK_F)  # [BLOCK_F]
+        a, a_rest = _pieces(vectors, f, d, VECTORS, BLOCK_D, PIECES)
+        unit = tl.load(affine + f)
+        constant = tl.load(affine + VECTORS + f)
+        logs = tl.dot(q, a.T, input_precision="ieee")
+        if PIECES == 2:
+            logs = tl.dot(q, a_rest.T, logs, input_precision="ieee")
+        logs = logs * unit[None, :] + constant[None, :]
+        if not SQUARES:
+            new_top = tl.maximum(top, tl.max(logs, 1))
+            ones = tl.sum(tl.math.exp2(logs - new_top[:, None]), 1)
+            total = total * tl.math.exp2(top - new_top) + ones
+            top = new_top
+        logs += tl.load(state_log_mass + f)[None, :]
+        u = tl.load(state + f[:, None] * VALUE_DIM + e[None, :], mask=is_number, other=0.0)
+        new_shift = tl.maximum(shift, tl.max(logs, 1))
+        weights = tl.math.exp2(logs - new_shift[:, None])
+        rescale = tl.math.exp2(shift - new_shift)
+        mass = mass * rescale + tl.sum(weights, 1)
+        numerator = numerator * rescale[:, None]
+        numerator = tl.dot(weights.to(u.dtype), u, numerator, input_precision="ieee")
+        shift = new_shift
+
+    # states that hold no key have the log-mass LOW
+    mass = tl.where(shift < 0.5 * LOW, 0.0, mass)
+    if SQUARES:
+        shift -= _square(q, vectors + FEATURES * BLOCK_D, affine + FEATURES,
+                         VECTORS, BLOCK_D, PIECES)  # fmt: skip
+    else:
+        shift -= top + tl.math.log2(total)
+    m = tl.load(mean + head * BLOCK_D + d)
+    shift = shift * LN2 + tl.sum(q.to(tl.float32) * m[None, :], 1)
+    tl.store(cells, numerator, mask=is_number)
+    tl.store(masses + at, mass)
+    tl.store(shifts + at, shift)
+
+
+_sum = Launcher(_chunk_sums)
+_accumulate = Launcher(_prefix_sums)
+_answer = Launcher(_read)
+
+
+@triton.jit
+def _pieces(vectors, f, d, VECTORS: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+    """The two pieces of some vectors, [rows, BLOCK_D]; twice the same where there is one."""
+    cells = vectors + f[:, None] * BLOCK_D + d[None, :]
+    a = tl.load(cells)
+    rest = a
+    if PIECES == 2:
+        rest = tl.load(cells + VECTORS * BLOCK_D)
+    return a, rest
+
+
+@triton.jit
+def _square(
+    x, vectors, affine, VECTORS: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """|R x|^2 of rows x."""
+    d = tl.arange(0, BLOCK_D)
+    a, a_rest = _pieces(vectors, d, d, VECTORS, BLOCK_D, PIECES)
+    y = tl.dot(x, a.T, input_precision="ieee")
+    if PIECES == 2:
+        y = tl.dot(x, a_rest.T, y, input_precision="ieee")
+    y = y * tl.load(affine + d)[None, :] + tl.load(affine + VECTORS + d)[None, :]
+    return tl.sum(y * y, 1)
+
+
+@triton.jit
+def _load(rows, is_row, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows of `DIM` numbers, padded with 0 to `BLOCK_DIM`; 0 where there is no row."""
+    mask = is_row[:, None]
+    if DIM != BLOCK_DIM:
+        mask = mask & (d < DIM)[None, :]
+    return tl.load(rows + d[None, :], mask=mask, other=0.0)

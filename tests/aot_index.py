@@ -1,0 +1,90 @@
+"""Compile the Triton kernels of feature maps and indices for a GPU that is not there; see `aot`.
+
+    python tests/aot_index.py 90:bf16:64:chunks:128 80:fp32:64:nearest:16
+
+names architecture, dtype, head_dim, kernel (`chunks`, `prefix` and `read` of a map with squares,
+`nearest`, `hash`) and how many features, centres or columns of a round it has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import aot
+
+from attnplan.kernels.engines import index_triton, linear_triton
+
+CHUNK = 256
+NUMBERS = {"keys", "chunks", "first", "queries", "blocks", "heads", "count", "clusters", "columns"}
+INTEGERS = {"start": "*i32", "kv_head": "*i32", "sinks": "*i32", "out": "*i64"}
+INTEGERS |= {"block": "*i64", "floor": "*i64"}
+FLOATS = {"affine", "mean", "means", "log_mass", "state_log_mass"}
+FLOATS |= {"numerators", "masses", "shifts"}
+
+
+def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, Any, Any]:
+    """The kernel, its constants, and its options."""
+    number = aot.DTYPES[dtype]
+    if name == "nearest":
+        made = index_triton.nearest_constants(head_dim, count, number)
+        return index_triton._nearest_centres, *made
+    if name == "hash":
+        made = index_triton.hash_constants(head_dim, count, number)
+        return index_triton._hash_codes, *made
+    kind = linear_triton._Kind(head_dim, head_dim, count, True, CHUNK, number)
+    if name == "prefix":
+        return linear_triton._prefix_sums, *linear_triton.prefix_constants(kind)
+    if name == "chunks":
+        return linear_triton._chunk_sums, *linear_triton.states_constants(kind)
+    return linear_triton._read, *linear_triton.read_constants(kind)
+
+
+def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[str, int]:
+    """What the compiler made of one configuration, whose tensors and strides are aligned."""
+    function, constants, options = kernel_of(dtype, head_dim, name, count)
+    signature, attributes = {}, {}
+    for position, argument in enumerate(function.arg_names):
+        is_stride = re.fullmatch(r"(query|key|value)_(batch|head|row)", argument)
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in NUMBERS or is_stride:
+            signature[argument] = "i32"
+        elif argument in FLOATS:
+            signature[argument] = "*fp32"
+        else:
+            signature[argument] = INTEGERS.get(argument, f"*{dtype}")
+        if signature[argument].startswith("*") or is_stride:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    made = ASTSource(function, signature, constants, attributes)
+    kernel = compile(made, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.kernel)
+        file.flush()
+        usage = aot._output_of(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        assembly = aot._output_of(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    found = {key: len(re.findall(p, assembly)) for key, p in aot.INSTRUCTIONS.items()}
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "vector_copies": len(re.findall(r"cp\.async\S* .*, 0x10", kernel.asm["ptx"])),
+        **found,
+    }
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        arch, dtype, head_dim, name, count = argument.split(":")
+        made = report(int(arch), dtype, int(head_dim), name, int(count))
+        print(json.dumps(made), flush=True)
