@@ -49,6 +49,8 @@ WORTH = (8192, 32768, 4096, 131072)
 """Lengths in the order of their worth; others come after them."""
 METHODS = ("window(window=?, sinks=4)", "block_topk(top=?, local=2)")
 """Patterns whose knob '?' is set so that a density is reached."""
+NARROW = "window(window=256, sinks=4)"
+"""The fourth kind of a layer without far fields."""
 FIXED = "window(window=1024, sinks=4)"
 """Its crossover is asked for, beside that of the last pattern at `MIXED_DENSITY`."""
 
@@ -311,8 +313,10 @@ class _Cases:
                     row = make("layers", pattern, target=target)
                     yield Case(row, partial(self._alike, pattern), frozenset({_name(pattern)}))
         if "mixed" in self.asked.parts:
-            row = make("mixed", "equal shares", target=MIXED_DENSITY)
-            yield Case(row, self._mixed, frozenset(self._kinds))
+            for name, patterns in self._mixtures.items():
+                row = make("mixed", name, target=MIXED_DENSITY)
+                kinds = frozenset(_name(pattern) for pattern in patterns)
+                yield Case(row, partial(self._mixed, patterns), kinds)
 
     def _dense(self, force: bool, row: Row) -> Row:
         return dense_row(row, self._inputs(row), force=force, **self._repeated)
@@ -322,13 +326,15 @@ class _Cases:
         found = self._approximation(pattern, row, row.target)
         return layer_row(row, self._inputs(row), found, **self._repeated)
 
-    def _mixed(self, row: Row) -> Row:
-        kinds = [
-            self._approximation(pattern, row, MIXED_DENSITY)
-            for name, pattern in self._kinds.items()
-            if name != "far" or cheapest_far(self._shape(row)) is not None
-        ]
-        return mixed_row(row, self._inputs(row), kinds, **self._repeated)
+    @cached_property
+    def _mixtures(self) -> dict[str, tuple[str, ...]]:
+        """Name of a mixture to the patterns of its heads, in equal shares."""
+        near = tuple(pattern for name, pattern in self._kinds.items() if name != "far")
+        return {"near fields": (*near, NARROW), "with far fields": (*near, "far")}
+
+    def _mixed(self, patterns: Sequence[str], row: Row) -> Row:
+        found = [self._approximation(pattern, row, MIXED_DENSITY) for pattern in patterns]
+        return mixed_row(row, self._inputs(row), found, **self._repeated)
 
     def _crossovers(self) -> Iterator[Case]:
         if "crossover" not in self.asked.parts:
