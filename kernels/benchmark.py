@@ -26,6 +26,8 @@ from attnplan.kernels.layer import LayerKernel
 MOST_REPEATS = 50
 REPEATED_MS = 500.0
 """On a GPU, pairs of runs are repeated for about so long, at most so often."""
+SLOW_MS = 100.0
+"""A pair of runs for which the host hardly counts."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,15 @@ def measure_call(
         call()
     pair_ms = timed(run) + timed(baseline)
     repeats = max(repeats, min(MOST_REPEATS, int(REPEATED_MS / pair_ms)))
+    few = 2 if pair_ms > SLOW_MS else 10
     clock = GpuClock(device)
-    times, bases = clock.cold([run, baseline], repeats)
-    few = min(repeats, 10)
+    host_us = [clock.host_us(call, few) for call in (run, baseline)]
+    times, bases = clock.cold([run, baseline], repeats, host_us)
     return replace(
         _of_pairs(times, bases),
         dense_backend=backend.name,
-        warm_ms=statistics.median(clock.warm(run, few)),
-        host_us=clock.host_us(run, few),
+        warm_ms=statistics.median(clock.warm(run, few, host_us[0])),
+        host_us=host_us[0],
     )
 
 

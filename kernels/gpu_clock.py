@@ -39,15 +39,23 @@ class GpuClock:
         self._buffer.zero_()
         self._flush_ms = self._events([lambda: self._flush(8)])[0] / 8
 
-    def cold(self, calls: Sequence[Call], repeats: int) -> list[list[float]]:
-        """Times in ms of calls that take turns, by call; caches are overwritten before each."""
-        waits = [self._waits(self.host_us(call, min(repeats, 5))) for call in calls]
+    def cold(
+        self, calls: Sequence[Call], repeats: int, host_us: Sequence[float]
+    ) -> list[list[float]]:
+        """Times in ms of calls that take turns, by call; caches are overwritten before each.
+
+        Args:
+            calls: what to time.
+            repeats: of each.
+            host_us: time in us until each of them returns to the host.
+        """
+        waits = [self._waits(host) for host in host_us]
         found = self._events([call for _ in range(repeats) for call in calls], waits * repeats)
         return [found[place :: len(calls)] for place in range(len(calls))]
 
-    def warm(self, call: Call, repeats: int) -> list[float]:
-        """Times in ms of a call right after the same call."""
-        waits = 2 * self._waits(self.host_us(call, min(repeats, 5)))
+    def warm(self, call: Call, repeats: int, host_us: float) -> list[float]:
+        """Times in ms of a call right after the same call; see `cold`."""
+        waits = 2 * self._waits(host_us)
         found = self._events([call, call] * repeats, [waits, 0] * repeats)
         return found[1::2]
 

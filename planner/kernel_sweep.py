@@ -49,6 +49,8 @@ WORTH = (8192, 32768, 4096, 131072)
 """Lengths in the order of their worth; others come after them."""
 METHODS = ("window(window=?, sinks=4)", "block_topk(top=?, local=2)")
 """Patterns whose knob '?' is set so that a density is reached."""
+CHECKED_HEADS = 8, 2
+"""Query and kv heads of the calls whose numbers are checked."""
 NARROW = "window(window=256, sinks=4)"
 """The fourth kind of a layer without far fields."""
 FIXED = "window(window=1024, sinks=4)"
@@ -68,6 +70,8 @@ class Sweep:
         parts: of `PARTS`.
         methods: patterns, see `at_density`.
         heads, kv_heads: of every layer.
+        beside: heads, kv_heads and head_dim of more layers, timed at the first length where their
+            head_dim is asked for; SmolLM2's by default.
         checked_dims, checked_dtypes, checked_length: of the calls whose numbers are checked.
         first_length: where the search for a crossover begins.
         steps: tokens that show the speed of decoding.
@@ -86,6 +90,7 @@ class Sweep:
     methods: tuple[str, ...] = METHODS
     heads: int = 32
     kv_heads: int = 8
+    beside: tuple[tuple[int, int, int], ...] = ((9, 3, 64),)
     checked_dims: tuple[int, ...] = (64, 80, 96, 128, 256)
     checked_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     checked_length: int = CHECKED_LENGTH
@@ -153,7 +158,8 @@ class Case:
     def label(self) -> str:
         row = self.row
         asked = "" if row.target is None else f" at density {row.target:g}"
-        return f"{row.part} {row.name}{asked}, {row.dtype} {row.head_dim} x {row.length}"
+        heads = f"{row.heads} heads of {row.head_dim}"
+        return f"{row.part} {row.name}{asked}, {row.dtype}, {heads} x {row.length}"
 
 
 def sweep(
@@ -238,7 +244,12 @@ class _Cases:
         yield from self._errors([asked.timed_dtype], first)
         for place, length in enumerate(asked.ordered):
             for head_dim in asked.head_dims:
-                yield from self._layers(length, head_dim)
+                yield from self._layers(length, head_dim, (asked.heads, asked.kv_heads))
+            if place == 0:
+                yield from self._mixed_layers(length)
+                for *heads, head_dim in asked.beside:
+                    if head_dim in asked.head_dims:
+                        yield from self._layers(length, head_dim, (heads[0], heads[1]))
             if place == min(1, len(asked.ordered) - 1):
                 yield from self._errors(asked.checked_dtypes, asked.checked_dims, first)
                 yield from self._crossovers()
@@ -252,9 +263,10 @@ class _Cases:
         head_dim: int,
         dtype: torch.dtype | None = None,
         target: float | None = None,
+        heads: tuple[int, int] | None = None,
     ) -> Row:
         spelled = str(dtype or self.asked.timed_dtype).removeprefix("torch.")
-        heads = (4, 2) if part == "errors" else (self.asked.heads, self.asked.kv_heads)
+        heads = heads or (self.asked.heads, self.asked.kv_heads)
         return Row(part, name, length, head_dim, *heads, spelled, target)
 
     def _inputs(self, row: Row) -> Inputs:
@@ -281,14 +293,23 @@ class _Cases:
             for head_dim in head_dims:
                 if dtype == self.asked.timed_dtype and head_dim in done:
                     continue
-                for name, pattern in self._kinds.items():
-                    row = self._row("errors", name, self.asked.checked_length, head_dim, dtype)
-                    yield Case(row, partial(self._check, pattern), frozenset({name}))
+                for name, patterns in self._checked.items():
+                    length = self.asked.checked_length
+                    row = self._row("errors", name, length, head_dim, dtype, heads=CHECKED_HEADS)
+                    yield Case(row, partial(self._check, patterns), frozenset({name}))
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
         """Name of a kind of heads, to a pattern or to what it is; see `_approximation`."""
         return {"dense": "dense()", **{_name(m): m for m in self.asked.methods}, "far": "far"}
+
+    @cached_property
+    def _checked(self) -> dict[str, tuple[str, ...]]:
+        """Name of a layer whose numbers are checked, to the patterns of its heads."""
+        heads = CHECKED_HEADS[0]
+        alike = {name: (pattern,) * heads for name, pattern in self._kinds.items()}
+        near = self._mixtures["near fields"]
+        return alike | {"mixed": tuple(near[head % len(near)] for head in range(heads))}
 
     def _approximation(self, pattern: str, row: Row, target: float) -> Approximation:
         if pattern == "far":
@@ -298,11 +319,12 @@ class _Cases:
             return found
         return at_density(pattern, self._shape(row), target) if "?" in pattern else parse(pattern)
 
-    def _check(self, pattern: str, row: Row) -> Row:
-        return error_row(row, self._inputs(row), self._approximation(pattern, row, MIXED_DENSITY))
+    def _check(self, patterns: Sequence[str], row: Row) -> Row:
+        layer = [self._approximation(pattern, row, MIXED_DENSITY) for pattern in patterns]
+        return error_row(row, self._inputs(row), layer)
 
-    def _layers(self, length: int, head_dim: int) -> Iterator[Case]:
-        make = partial(self._row, length=length, head_dim=head_dim)
+    def _layers(self, length: int, head_dim: int, heads: tuple[int, int]) -> Iterator[Case]:
+        make = partial(self._row, length=length, head_dim=head_dim, heads=heads)
         if "layers" in self.asked.parts:
             for name, force in (("dense()", False), ("dense() by the kernel", True)):
                 part = "layers" if force else "dense"
@@ -312,10 +334,14 @@ class _Cases:
                 for pattern in self.asked.methods:
                     row = make("layers", pattern, target=target)
                     yield Case(row, partial(self._alike, pattern), frozenset({_name(pattern)}))
-        if "mixed" in self.asked.parts:
+
+    def _mixed_layers(self, length: int) -> Iterator[Case]:
+        if "mixed" not in self.asked.parts:
+            return
+        for head_dim in self.asked.head_dims:
             for name, patterns in self._mixtures.items():
-                row = make("mixed", name, target=MIXED_DENSITY)
-                kinds = frozenset(_name(pattern) for pattern in patterns)
+                row = self._row("mixed", name, length, head_dim, target=MIXED_DENSITY)
+                kinds = frozenset({"mixed", *(_name(pattern) for pattern in patterns)})
                 yield Case(row, partial(self._mixed, patterns), kinds)
 
     def _dense(self, force: bool, row: Row) -> Row:
@@ -348,7 +374,7 @@ class _Cases:
     def _crossover(self, row: Row) -> Row:
         def steps() -> Iterator[tuple[int, Inputs, Approximation]]:
             length = self.asked.first_length
-            while length <= row.length:
+            while length <= max(row.length, self.asked.first_length):
                 at = replace(row, length=length)
                 target = MIXED_DENSITY if row.target is None else row.target
                 yield length, self._inputs(at), self._approximation(row.name, at, target)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,30 +82,27 @@ def test_cold_calls_take_turns_and_are_waited_for_once(device: Device) -> None:
         order.append("base")
         device.ms += 2.0
 
-    clock.host_us = lambda call, repeats: 20.0  # type: ignore[method-assign]
     before = device.waits
-    assert clock.cold([run, base], 4) == [[3.0] * 4, [2.0] * 4]
+    assert clock.cold([run, base], 4, [20.0, 20.0]) == [[3.0] * 4, [2.0] * 4]
     assert order == ["run", "base"] * 4
     assert device.waits == before + 1
 
 
 def test_caches_are_overwritten_before_each_cold_call_alone(device: Device) -> None:
     clock = GpuClock(CPU)
-    clock.host_us = lambda call, repeats: 20.0  # type: ignore[method-assign]
     seen: list[int] = []
     clock._flush = lambda times: seen.append(times)  # type: ignore[method-assign]
-    clock.cold([lambda: None, lambda: None], 2)
+    clock.cold([lambda: None, lambda: None], 2, [20.0, 20.0])
     assert len(seen) == 4 and min(seen) >= 1
     seen.clear()
-    clock.warm(lambda: None, 2)
+    clock.warm(lambda: None, 2, 20.0)
     assert seen[1::2] == [0, 0] and min(seen[::2]) >= 2
 
 
 def test_a_warm_time_is_that_of_the_second_call(device: Device) -> None:
     clock = GpuClock(CPU)
-    clock.host_us = lambda call, repeats: 20.0  # type: ignore[method-assign]
     times = itertools.cycle([5.0, 1.0])
-    assert clock.warm(call(device, times), 3) == [1.0] * 3  # type: ignore[arg-type]
+    assert clock.warm(call(device, times), 3, 20.0) == [1.0] * 3  # type: ignore[arg-type]
 
 
 def test_the_host_is_ahead_of_the_device(device: Device) -> None:
@@ -163,6 +161,32 @@ def test_causal_blocks_are_causal(length: int) -> None:
     torch.testing.assert_close(made, exact)
     blocks = -(-length // 128)
     assert int(mask.full_kv_num_blocks.sum()) == blocks * (blocks - 1) // 2
+
+
+def test_a_call_on_a_gpu_is_timed_beside_the_fastest_backend(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dense(_: object) -> None:
+        device.ms += 2.0
+
+    backend = DenseBackend("cudnn", dense)  # type: ignore[arg-type]
+    monkeypatch.setattr(benchmark, "best_dense", lambda inputs, flex: backend)
+    monkeypatch.setattr(benchmark, "GpuClock", lambda _: GpuClock(CPU))
+    inputs: Any = SimpleNamespace(query=SimpleNamespace(device=torch.device("cuda:0")))
+    # of all calls, the cold ones take 3 ms and the warm ones, each after another, 1 ms
+    clock = itertools.count()
+    timing = benchmark.measure_call(
+        lambda: setattr(device, "ms", device.ms + (3.0 if next(clock) < COLD else 1.0)),
+        inputs,
+        repeats=60,
+    )
+    assert (timing.median_ms, timing.dense_ms, timing.dense_backend) == (3.0, 2.0, "cudnn")
+    assert (timing.warm_ms, timing.repeats) == (1.0, 60)
+    assert timing.host_us is not None and 0 < timing.host_us < 1e5
+
+
+COLD = 1 + 1 + 10 + 60
+"""Calls that warm up, that tell how long a pair takes, of the host, and of the cold caches."""
 
 
 def test_on_a_cpu_the_baseline_is_the_choice_of_torch(inputs: Inputs) -> None:
