@@ -29,6 +29,9 @@ MIXED_DENSITY = 0.25
 """Of the approximations in mixed layers and in checks of numbers."""
 CHECKED_LENGTH = 1024
 """Tokens at which numbers are checked: the reference holds all pairs."""
+ALLOWED_16_BIT = 2e-2
+ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""Relative errors of right kernels, by dtype."""
 DECODING_LAYERS = 8
 
 
@@ -323,28 +326,30 @@ def crossover_row(
     return replace(row, more={"crossover": None, "tried": tried})
 
 
-def error_row(row: Row, inputs: Inputs, approximation: Approximation) -> Row:
-    """The kernel's error against the reference in float64, which may be twice the reference's own.
+def error_row(row: Row, inputs: Inputs, layer: Sequence[Approximation]) -> Row:
+    """The kernel's error against the reference in float64, over the same keys.
 
-    The reference's own error is that in the dtype of the inputs, and a rounding of the output.
+    Beside it stands the budget of a good kernel: twice what the reference errs in the dtype of the
+    inputs, and a rounding of the output.
     """
-    kernel = LayerKernel((approximation,) * row.heads, inputs.fitted)
+    kernel = LayerKernel(tuple(layer), inputs.fitted)
     kernel.is_dense = False
+    dtype = inputs.query.dtype
     found = kernel(inputs.query, inputs.key, inputs.value, scale=inputs.scale).double().cpu()
-    tensors = [t.cpu() for t in (inputs.query, inputs.key, inputs.value)]
-    exact = defined(approximation, [t.double() for t in tensors], inputs.scale)
-    low = defined(approximation, tensors, inputs.scale).double()
+    exact, low = (defined(kernel, inputs, d).double() for d in (torch.float64, dtype))
     error, own = (float((output - exact).norm() / exact.norm()) for output in (found, low))
-    allowed = 2 * (own + torch.finfo(inputs.query.dtype).eps)
+    allowed = ALLOWED.get(dtype, ALLOWED_16_BIT)
     largest = float((found - exact).abs().max() / exact.abs().max())
+    kinds = dict.fromkeys(layer)
     wrong = not error <= allowed  # also where it is not a number
     return replace(
         row,
-        density=approximation.density(inputs.shape),
+        density=sum(kind.density(inputs.shape) for kind in layer) / len(layer),
         relative_error=error if math.isfinite(error) else None,
         allowed=allowed,
         more={
-            "approximation": catalog.key(approximation),
+            "approximation": " | ".join(catalog.key(kind) for kind in kinds),
+            "budget": 2 * (own + torch.finfo(dtype).eps),
             "largest_error": largest if math.isfinite(largest) else None,
         },
         error=f"wrong: relative error {error:.2e}, allowed {allowed:.2e}" if wrong else None,
@@ -352,16 +357,28 @@ def error_row(row: Row, inputs: Inputs, approximation: Approximation) -> Row:
     )
 
 
-def defined(approximation: Approximation, tensors: Sequence[Tensor], scale: float) -> Tensor:
-    """What the reference engine gives, in the precision of query, key and value."""
-    query, key, value = tensors
-    inputs = Inputs.of_layer(query, key, value, scale=scale)
-    blocks = torch.arange(inputs.blocks)
-    tiles, slots = approximation.tiles(inputs, blocks)
-    output, log_mass = reference.attend(
-        query, key, value, scale=scale, kv_head=inputs.kv_head, tiles=tiles, slots=slots
+def defined(kernel: LayerKernel, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """What the reference engine gives on the CPU in some precision.
+
+    Without far fields, which keys are read is decided by the inputs as they are, where they are:
+    another precision may choose others where scores are close.
+    """
+    tensors = [t.to("cpu", dtype) for t in (inputs.query, inputs.key, inputs.value)]
+    moved = Inputs.of_layer(*tensors, scale=inputs.scale, fitted=inputs.fitted)
+    chooses = moved if any(a.far for a in kernel.assignment) else inputs
+    blocks = torch.arange(inputs.blocks, device=chooses.query.device)
+    tiles, slots = kernel.tiles(chooses, blocks)
+    tiles = replace(
+        tiles,
+        offsets=tiles.offsets.cpu(),
+        tiles=tiles.tiles.cpu(),
+        gather=tiles.gather.cpu(),
+        masks=tiles.masks.cpu(),
     )
-    part = approximation.part(inputs, blocks)
+    output, log_mass = reference.attend(
+        *tensors, scale=inputs.scale, kv_head=inputs.kv_head, tiles=tiles, slots=slots
+    )
+    part = kernel.part(chooses, blocks)
     return output if part is None else part.merge(output, log_mass)[0]
 
 

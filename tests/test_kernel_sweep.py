@@ -235,7 +235,8 @@ def test_no_row_is_started_after_the_time_is_over() -> None:
     assert [row.length for row in outcome.rows] == [256] * 3
     assert len(outcome.left_out) == 5
     assert (
-        outcome.left_out[0] == "layers block_topk(top=?, local=2) at density 0.5, float32 32 x 256"
+        outcome.left_out[0]
+        == "layers block_topk(top=?, local=2) at density 0.5, float32, 4 heads of 32 x 256"
     )
     assert all("x 512" in label for label in outcome.left_out[1:])
 
@@ -348,9 +349,29 @@ def test_mixed_layers_are_held_against_their_parts() -> None:
 
 def test_the_reference_of_errors_defines_dense_attention() -> None:
     inputs = attention.text(200)
-    tensors = inputs.query, inputs.key, inputs.value
-    made = kernel_rows.defined(catalog.DENSE, tensors, inputs.scale)
-    torch.testing.assert_close(made, attention.dense(inputs))
+    kernel = LayerKernel((catalog.DENSE,) * inputs.query.shape[1])
+    whole = replace(inputs, group=inputs.query.shape[1] // inputs.key.shape[1])
+    made = kernel_rows.defined(kernel, whole, torch.float64)
+    torch.testing.assert_close(made, attention.dense(inputs).double())
+
+
+def test_the_reference_reads_the_keys_that_the_inputs_choose() -> None:
+    inputs = Source(CPU).inputs(1024, 32, 4, 2, torch.float32)
+    kernel = LayerKernel((Approximation(BlockTopK(3, 2)),) * 4)
+    seen: list[Inputs] = []
+    tiles = kernel.tiles
+    kernel.tiles = lambda *asked: (seen.append(asked[0]), tiles(*asked))[1]  # type: ignore[method-assign, func-returns-value]
+    exact = kernel_rows.defined(kernel, inputs, torch.float64)
+    assert exact.dtype == torch.float64
+    assert [asked.query.dtype for asked in seen] == [torch.float32]
+
+
+def test_layers_of_other_shapes_are_timed_at_the_first_length() -> None:
+    more = replace(TINY, parts=("layers",), beside=((3, 1, 32), (3, 1, 64)))
+    rows = sweep(more).rows
+    assert [row.length for row in rows if (row.heads, row.kv_heads) == (3, 1)] == [256] * 4
+    assert {row.head_dim for row in rows} == {32}
+    assert len({row.key for row in rows}) == len(rows) == 12
 
 
 def test_stored_heads_are_tiled(tmp_path: Path) -> None:
