@@ -37,6 +37,8 @@ PARTS = (OUT / "part0" / "model", OUT / "part1" / "model")
 """Of the weights: what carries files may have a limit for each."""
 DEMO = "smollm2-135m"
 CONTEXT = 8192
+REPEATS = 20
+"""Pairs of timed runs, at least."""
 PACKAGES = (
     *("optuna", "colorlog", "sqlalchemy", "greenlet", "alembic", "mako", "typer", "shellingham"),
     *("rich", "markdown-it-py", "mdurl", "pygments", "gguf", "pytest", "pluggy", "iniconfig"),
@@ -57,6 +59,7 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
         ("4096,8192,32768,131072", str(CONTEXT)) if device.startswith("cuda") else ("512",) * 2
     )
     sweep = [*attnplan, "bench", "--kernels", "--device", device, "--out", str(ROWS)]
+    sweep += ["--repeats", str(REPEATS)]
     if INPUTS.exists():
         sweep += ["--inputs", str(INPUTS)]
     found = {
