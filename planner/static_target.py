@@ -16,13 +16,14 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from attnplan.kernel_rows import at_density, efficiency, parse
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
 from attnplan.kernels.block_pattern import ScoredBlocks
@@ -306,3 +307,115 @@ def _general_speed(device: Gpu) -> float:
     cycles = device.multiprocessors * device.clock_mhz
     arithmetic = cycles / (CALIBRATED.multiprocessors * CALIBRATED.clock_mhz)
     return min(arithmetic, device.memory_gb_s / CALIBRATED.memory_gb_s)
+
+
+# What the model predicts, as a page
+
+LENGTHS = (4096, 8192, 32768, 131072)
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+PATTERNS = ("window(window=?, sinks=4)", "block_topk(top=?, local=2)")
+LONGEST = 131072
+
+
+def efficiency_row(device: Gpu, pattern: str, head_dim: int, target: float) -> list[str]:
+    """Efficiency by length: speed-up over the dense kernel times density, 1 at best.
+
+    Args:
+        device: to predict for.
+        pattern: of all 32 heads, as `kernel_rows.at_density` takes it.
+        head_dim: of 32 heads and 8 kv heads.
+        target: density.
+    """
+    cells = []
+    for length in LENGTHS:
+        shape = AttentionShape(1, 32, 8, length, length, head_dim)
+        approximation = at_density(pattern, shape, target)
+        ms = kernel_ms([approximation] * 32, shape, device)
+        ms += choice_ms([approximation] * 32, shape, device)
+        eta = efficiency(dense_ms(shape, device), approximation.density(shape), ms)
+        cells.append(f"{eta:.2f} ({ms:.3g} ms)")
+    return [device.name, pattern.split("(")[0], str(head_dim), f"{target:.0%}", *cells]
+
+
+def mixed_row(device: Gpu, head_dim: int) -> list[str]:
+    """A layer of four methods, 8 heads each, over its parts in launches of their own, by length."""
+    cells = []
+    for length in LENGTHS:
+        shape = AttentionShape(1, 32, 8, length, length, head_dim)
+        part = replace(shape, heads=8, kv_heads=2)
+        methods = [parse(line) for line in _MIX]
+        mixed = layer_ms([a for a in methods for _ in range(8)], shape, device)
+        parts = sum(layer_ms([a] * 8, part, device) for a in methods)
+        cells.append(f"{mixed / parts:.2f} ({mixed:.3g} of {parts:.3g} ms)")
+    return [device.name, str(head_dim), *cells]
+
+
+def crossover(device: Gpu, approximation: Approximation, head_dim: int) -> int | None:
+    """The shortest text, in multiples of 64, from which a layer is faster than dense.
+
+    None where that is longer than 131,072 tokens.
+    """
+
+    def is_faster(blocks: int) -> bool:
+        shape = AttentionShape(1, 32, 8, blocks * BLOCK, blocks * BLOCK, head_dim)
+        layer = [approximation] * 32
+        return layer_ms(layer, shape, device) < dense_ms(shape, device)
+
+    low, high = 1, LONGEST // BLOCK
+    if not is_faster(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_faster(middle) else (middle + 1, high)
+    return low * BLOCK
+
+
+def page() -> str:
+    """docs/gpu-predictions.md."""
+    devices = [GPUS["h100"], GPUS["h200"]]
+    etas = [
+        efficiency_row(device, pattern, head_dim, target)
+        for device in devices
+        for head_dim in (64, 128)
+        for pattern in PATTERNS
+        for target in DENSITIES
+    ]
+    mixed = [mixed_row(device, head_dim) for device in devices for head_dim in (64, 128)]
+    fixed = (_WINDOW, _MIX[1], _BLOCKS, _MIX[3])
+    crossovers = []
+    for device in devices:
+        for line in fixed:
+            lengths = [crossover(device, parse(line), head_dim) for head_dim in (64, 128)]
+            shown = [f"above {LONGEST:,}" if n is None else f"{n:,}" for n in lengths]
+            crossovers.append([device.name, f"`{line}`", *shown])
+    lengths = [f"{length:,} tokens" for length in LENGTHS]
+    return "\n\n".join(
+        [
+            "# What a static model predicts on GPUs",
+            "Nothing on this page was measured. It is printed by `python -c 'from "
+            "attnplan.static_target import page; print(page(), end=str())'`: the estimates that "
+            "`attnplan search --target h100` plans with, for bfloat16, causal, batch 1, 32 heads "
+            "and 8 kv heads. The constants of the model reproduce ten timings of one H200 at 8,192 "
+            "tokens within 10 %; other lengths, and the H100, are extrapolations. The model knows "
+            "nothing of caches, of clocks under load, or of the time that the host takes. A row is "
+            "as slow when the other programs of its multiprocessor are done: short layers, of few "
+            "rows per slot, may take less than is said here.",
+            "## Efficiency",
+            "Dense time times density over time, and the time of a layer: 1 means that time falls "
+            "as work does. Dense is the vendor's kernel. Heads of block top-k pay for the choice.",
+            _table(["device", "method", "head_dim", "density", *lengths], etas),
+            "## A mixed layer over the sum of its parts",
+            "Eight heads each of " + ", ".join(f"`{line}`" for line in _MIX) + ", in one launch; "
+            "the parts in launches of their own, dense heads by the vendor's kernel.",
+            _table(["device", "head_dim", *lengths], mixed),
+            "## Crossover",
+            "The shortest text from which a layer whose heads are all of one method is faster than "
+            "dense.",
+            _table(["device", "method", "head_dim 64", "head_dim 128"], crossovers) + "\n",
+        ]
+    )
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -13,7 +13,7 @@ import torch
 from tests import tiny_model
 
 from attnplan import cli
-from attnplan.kernel_rows import parse
+from attnplan.kernel_rows import at_density, parse
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.block_topk import BlockTopK
@@ -27,7 +27,9 @@ from attnplan.static_target import (
     MEASURED_DENSE,
     MeasuredLayer,
     choice_ms,
+    crossover,
     dense_ms,
+    efficiency_row,
     kernel_ms,
     layer_ms,
     makespan,
@@ -131,6 +133,29 @@ def test_heads_that_choose_together_share_the_launches() -> None:
     one, two = ([block] * n + [rest] * (32 - n) for n in (1, 2))
     first, second = (choice_ms(layer, shape(512), H200) for layer in (one, two))
     assert second < 1.1 * first
+
+
+# The page of predictions
+
+
+def test_a_row_of_predictions_is_made_of_the_model() -> None:
+    row = efficiency_row(H200, "window(window=?, sinks=4)", 64, 0.25)
+    assert row[:4] == [H200.name, "window", "64", "25%"]
+    found = at_density("window(window=?, sinks=4)", shape(), 0.25)
+    ms = layer_ms(uniform(found), shape(), H200)
+    eta = dense_ms(shape(), H200) * found.density(shape()) / ms
+    assert row[5] == f"{eta:.2f} ({ms:.3g} ms)"
+    page = (Path(__file__).parents[1] / "docs" / "gpu-predictions.md").read_text()
+    assert f"| {' | '.join(row)} |" in page, "print the page again"
+
+
+def test_a_crossover_is_where_a_layer_becomes_faster() -> None:
+    layer = Approximation(Window(512))
+    first = crossover(H200, layer, 64)
+    assert first is not None and 512 < first < 8192
+    for length, is_faster in ((first - 64, False), (first, True)):
+        at = shape(length)
+        assert (layer_ms(uniform(layer), at, H200) < dense_ms(at, H200)) == is_faster
 
 
 # Plans
