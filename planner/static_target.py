@@ -385,8 +385,8 @@ def page() -> str:
     crossovers = []
     for device in devices:
         for line in fixed:
-            lengths = [crossover(device, parse(line), head_dim) for head_dim in (64, 128)]
-            shown = [f"above {LONGEST:,}" if n is None else f"{n:,}" for n in lengths]
+            first = [crossover(device, parse(line), head_dim) for head_dim in (64, 128)]
+            shown = [f"above {LONGEST:,}" if n is None else f"{n:,}" for n in first]
             crossovers.append([device.name, f"`{line}`", *shown])
     lengths = [f"{length:,} tokens" for length in LENGTHS]
     return "\n\n".join(
