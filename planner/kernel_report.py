@@ -9,7 +9,19 @@ from attnplan.kernel_sweep import Outcome
 
 Table = tuple[str, tuple[str, ...], list[list[str]]]
 TIMED = (
-    *("what", "length", "dim", "density", "ms", "quartiles", "warm", "dense", "by", "TFLOP/s"),
+    *(
+        "what",
+        "length",
+        "heads",
+        "dim",
+        "density",
+        "ms",
+        "quartiles",
+        "warm",
+        "dense",
+        "by",
+        "TFLOP/s",
+    ),
     *("eta", "host us"),
 )
 
@@ -69,6 +81,7 @@ def _timed_cells(row: Row) -> list[str]:
     return [
         row.more.get("approximation", row.name),
         str(row.length),
+        f"{row.heads}/{row.kv_heads}",
         str(row.head_dim),
         _short(row.density, ".3f"),
         _short(row.median_ms, ".4g"),

@@ -251,8 +251,8 @@ class _Cases:
                     if head_dim in asked.head_dims:
                         yield from self._layers(length, head_dim, (heads[0], heads[1]))
             if place == min(1, len(asked.ordered) - 1):
-                yield from self._errors(asked.checked_dtypes, asked.checked_dims, first)
                 yield from self._crossovers()
+                yield from self._errors(asked.checked_dtypes, asked.checked_dims, first)
                 yield from self._decoding()
 
     def _row(
