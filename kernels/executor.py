@@ -52,6 +52,12 @@ def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     raise ValueError(f"no attention engine for device {device.type!r}; use cuda or cpu")
 
 
+_CUDA = (
+    *("triton.py", "schedule.py", "launching.py"),
+    *("select_triton.py", "index_triton.py", "linear_triton.py"),
+)
+
+
 @cache
 def engine_digest(device: str) -> str:
     """Digest of the sources that an engine's timings depend on, 16 hexadecimal digits.
@@ -60,7 +66,8 @@ def engine_digest(device: str) -> str:
         device: 'cpu' or 'cuda'.
     """
     folder = Path(__file__).parent
-    names = {"cpu": ("cpu.py", "build.py"), "cuda": ("triton.py",)}[device]
+    gpu = ("triton.py", "select_triton.py", "linear_triton.py", "index_triton.py")
+    names = {"cpu": ("cpu.py", "build.py"), "cuda": gpu}[device]
     files = [folder / "engines" / name for name in names]
     if device == "cpu":
         files += sorted(f for kind in ("*.cpp", "*.h") for f in (folder / "engines").glob(kind))

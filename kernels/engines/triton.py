@@ -228,8 +228,8 @@ def launch_options(
         options |= {"num_warps": 4, "num_stages": 2}
         if generation == 9:  # without spills; loops over slots and single keys need more
             options |= {"maxnreg": 168 if gather or slots else 96}
-    else:
-        options |= {"num_warps": 4, "num_stages": 3}
+    else:  # two programs must fit, which have less shared memory before sm_90
+        options |= {"num_warps": 4, "num_stages": 2 if generation == 8 and head_dim > 64 else 3}
     return options
 
 
