@@ -616,7 +616,7 @@ def test_a_budget_that_cannot_be_met_exits_with_one(
         (("query", "heads", "--format", "xml"), "unknown format 'xml'; known: table, json, csv"),
         (("query", "heads", "--order-by", "beauty"), "beauty"),
         (("query", "heads", "--limit", 0), "limit must be at least 1, got 0"),
-        (("bench",), "nothing to do: name a MODEL to time, or use --export or --import"),
+        (("bench",), "nothing to do: name a MODEL to time, or use --kernels, --export or --import"),
         (("bench", "--import", "absent.jsonl"), "absent.jsonl: No such file or directory"),
     ],
 )
