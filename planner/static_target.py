@@ -61,16 +61,17 @@ class Gpu:
         return DeviceIdentity(f"{self.name} (static estimate)", "cuda", "", 0, {})
 
 
-# Sources: NVIDIA A100 80 GB data sheet and Ampere white paper, table 1; H100 SXM data sheet and
-# Hopper white paper, table 2; H200 SXM data sheet; HGX B200 data sheet (its clock from the peak,
-# 8,192 operations per multiprocessor and cycle); L40S data sheet. Peaks are without sparsity.
+# Sources: H100, https://glennklockwood.com/garden/processors/h100; B200 and L40S (its peak there is
+# 366), https://hmc-tech.com/gpu/nvidia-b200-vs-nvidia-l40s. These are not NVIDIA's own pages. A100,
+# and the memory of the H200, are quoted from memory of their data sheets, and were not checked.
+# Peaks are without sparsity; clocks are those that the peaks are stated for.
 # Programs: measured on sm_90; elsewhere by shared memory, 16 KB (head_dim 64) or 32 KB (128) per
 # stage, of 164 KB (A100), 228 KB (B200), 100 KB (L40S).
 GPUS = {
     "a100": Gpu("NVIDIA A100 SXM 80GB", 108, 312.0, 2039.0, 1410.0, (3, 1)),
     "h100": Gpu("NVIDIA H100 SXM 80GB", 132, 989.4, 3350.0, 1830.0, (5, 2)),
     "h200": Gpu("NVIDIA H200 SXM", 132, 989.4, 4800.0, 1830.0, (5, 2)),
-    "b200": Gpu("NVIDIA B200", 148, 2250.0, 8000.0, 1860.0, (5, 2)),
+    "b200": Gpu("NVIDIA B200", 148, 2250.0, 7700.0, 1860.0, (5, 2)),
     "l40s": Gpu("NVIDIA L40S", 142, 362.0, 864.0, 2520.0, (2, 1)),
 }
 CALIBRATED = GPUS["h200"]
