@@ -8,6 +8,7 @@ may keep some of these chunks near: their summaries are then left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,13 +28,13 @@ class ChunkedFarField(Compressor):
             raise ValueError(f"chunk must be at least {BLOCK} keys, got {self.chunk}")
 
     def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
-        start = torch.tensor(inputs.start, device=blocks.device)[:, None]
+        start = _on(inputs.start, blocks.device)[:, None]
         outside = blocks * BLOCK + inputs.offset - start - window + 1
         return start + outside.clamp(min=0) // self.chunk * self.chunk
 
     def chunks_before(self, inputs: Inputs, floor: Tensor) -> Tensor:
         """How many chunks each query block reads, int64 [batch, heads, blocks]."""
-        start = torch.tensor(inputs.start, device=floor.device)[:, None, None]
+        start = _on(inputs.start, floor.device)[:, None, None]
         return (floor - start) // self.chunk
 
     def by_chunk(self, inputs: Inputs, rows: Tensor, chunks: int) -> Tensor:
@@ -58,3 +59,9 @@ class ChunkedFarField(Compressor):
         chunks = (first - window + 1).clamp(min=0) // self.chunk
         reached = torch.clamp(chunks * self.chunk, min=sinks)
         return chunks, (row + shape.keys - shape.queries + 1 - window - reached).clamp(min=0)
+
+
+@lru_cache(maxsize=256)
+def _on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Some numbers as int64 on a device, moved there once: a move waits for the device."""
+    return torch.tensor(numbers, device=device)

@@ -2,8 +2,8 @@
 
     python tests/aot_index.py 90:bf16:64:chunks:128 80:fp32:64:nearest:16
 
-names architecture, dtype, head_dim, kernel (`chunks`, `prefix` and `read` of a map with squares,
-`nearest`, `hash`) and how many features, centres or columns of a round it has.
+names architecture, dtype, head_dim, kernel (of a map with squares `squares`, `chunks`,
+`prefix` and `read`; `nearest`, `hash`) and how many features, centres or columns of a round it has.
 """
 
 from __future__ import annotations
@@ -26,10 +26,21 @@ from tests import aot
 from attnplan.kernels.engines import index_triton, linear_triton
 
 CHUNK = 256
-NUMBERS = {"keys", "chunks", "first", "queries", "blocks", "heads", "count", "clusters", "columns"}
-INTEGERS = {"start": "*i32", "kv_head": "*i32", "sinks": "*i32", "out": "*i64"}
+NUMBERS = {
+    "length",
+    "keys",
+    "chunks",
+    "first",
+    "queries",
+    "blocks",
+    "heads",
+    "count",
+    "clusters",
+    "columns",
+}
+INTEGERS = {"start": "*i32", "x_head": "*i32", "kv_head": "*i32", "sinks": "*i32", "out": "*i64"}
 INTEGERS |= {"block": "*i64", "floor": "*i64"}
-FLOATS = {"affine", "mean", "means", "log_mass", "state_log_mass"}
+FLOATS = {"terms", "affine", "mean", "means", "log_mass", "state_log_mass"}
 FLOATS |= {"numerators", "masses", "shifts"}
 
 
@@ -45,6 +56,8 @@ def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, An
     kind = linear_triton._Kind(head_dim, head_dim, count, True, CHUNK, number)
     if name == "prefix":
         return linear_triton._prefix_sums, *linear_triton.prefix_constants(kind)
+    if name == "squares":
+        return linear_triton._squares, *linear_triton.squares_constants(kind)
     if name == "chunks":
         return linear_triton._chunk_sums, *linear_triton.states_constants(kind)
     return linear_triton._read, *linear_triton.read_constants(kind)
@@ -55,7 +68,7 @@ def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[
     function, constants, options = kernel_of(dtype, head_dim, name, count)
     signature, attributes = {}, {}
     for position, argument in enumerate(function.arg_names):
-        is_stride = re.fullmatch(r"(query|key|value)_(batch|head|row)", argument)
+        is_stride = re.fullmatch(r"(query|key|value)_(batch|head|row)|\w+_stride", argument)
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument in NUMBERS or is_stride:

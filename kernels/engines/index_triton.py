@@ -97,8 +97,7 @@ def nearest_constants(
     dim: int, clusters: int, dtype: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the kernel of nearest centres is compiled for, and its launch options."""
-    block = max(16, min(64, triton.next_power_of_2(clusters)))
-    return _constants(dim, block), _options(dim, dtype)
+    return _constants(dim, clusters, dtype), _options(dtype)
 
 
 @cache
@@ -106,19 +105,23 @@ def hash_constants(
     dim: int, columns: int, dtype: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the kernel of hashes is compiled for, and its launch options."""
-    block = max(16, min(64, triton.next_power_of_2(columns)))
-    return _constants(dim, block), _options(dim, dtype)
+    return _constants(dim, columns, dtype), _options(dtype)
 
 
-def _constants(dim: int, block: int) -> dict[str, int]:
-    block_d = max(16, triton.next_power_of_2(dim))
-    return {"DIM": dim, "BLOCK_D": block_d, "BLOCK_C": block, "ROWS": ROWS}
+def _constants(dim: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    most = 32 if dtype == torch.float32 else 64  # without spills
+    return {
+        "DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_C": max(16, min(most, triton.next_power_of_2(columns))),
+        "ROWS": ROWS,
+    }
 
 
-def _options(dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _options(dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:  # computed without tensor cores, which would round it to tf32
-        return {"num_warps": 8 if dim > 64 else 4, "num_stages": 1}
-    return {"num_warps": 4, "num_stages": 3}
+        return {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+    return {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def _check(rows: Tensor, columns: Tensor) -> None:

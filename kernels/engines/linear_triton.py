@@ -12,7 +12,7 @@ values are the means that they carry:
     prefix   the same over the first 1, 2, ... chunks
     read     n = sum_f e^{l_f(q) + log-mass_f} u_f,  z without u                  per query block
 
-Three kernels do this with the running shifts of flash attention, Dao,
+Kernels do this with the running shifts of flash attention, Dao,
 https://arxiv.org/abs/2307.08691, so no feature over- or underflows, none is in memory, and nothing
 waits for the device. Means are bounded by the values, so halves hold them. Logarithms are in units
 of log 2, as in `engines.triton`.
@@ -149,8 +149,12 @@ def exponents_of(far: FeatureMap, inputs: Inputs) -> Exponents:
 
     The means and maps of `Frame` are taken into vectors and constants, in float64.
     """
-    known = _known.setdefault(inputs.fitted_tensor("balanced.directions"), {})
-    spelled = (far, inputs.head, inputs.scale, inputs.query.dtype)
+    fitted = inputs.fitted.get("balanced.directions")
+    if fitted is None:
+        fitted = inputs.fitted_tensor("balanced.directions")  # says what to do
+    known = _known.setdefault(fitted, {})
+    query = inputs.query
+    spelled = (far, inputs.head, inputs.scale, query.dtype, query.device)
     if spelled not in known:
         known[spelled] = _exponents(far, inputs)
     made: Exponents = known[spelled]
@@ -217,7 +221,7 @@ def block_of(dim: int) -> int:
 
 def block_of_features(features: int, dtype: torch.dtype) -> int:
     """Features that a program has at hand; there are whole blocks of them."""
-    most = 32 if dtype == torch.float32 else 128
+    most = 32 if dtype == torch.float32 else 64
     return int(max(16, min(most, triton.next_power_of_2(features))))
 
 
@@ -244,9 +248,12 @@ def _sum_chunks(
     means = key.new_empty(*size, kind.value_dim, dtype=torch.float32)
     state = torch.empty_like(means, dtype=kind.dtype)
     log_mass, state_log_mass = key.new_empty(2, *size, dtype=torch.float32)
+    terms = log_mass  # not read
+    if kind.squares:
+        terms = _square_rows(key, side, ints[1], kind, key.shape[2], sizes)
     made, options = states_constants(kind)
     strides = (*key.stride()[:3], *value.stride()[:3])
-    tensors = (key, value, side.vectors, side.affine, *ints, means, log_mass)
+    tensors = (key, value, terms, side.vectors, side.affine, *ints, means, log_mass)
     aligned = are_aligned(tensors, strides)
     _sum(
         (chunks * (kind.features // made["BLOCK_F"]), some, key.shape[0]),
@@ -265,6 +272,35 @@ def _sum_chunks(
         (kind, key.device) if are_aligned(tensors, ()) else None,
     )
     return state, state_log_mass
+
+
+def _square_rows(
+    rows: Tensor,
+    side: Side,
+    head: Tensor,
+    kind: _Kind,
+    count: int,
+    sizes: tuple[int, int, int],
+) -> Tensor:
+    """The squares of rows for `some` heads from `first` on, float32 [batch, some, count].
+
+    Args:
+        rows: [batch, heads, rows, head_dim]; what `count` is more are zeros.
+        head: int32, for each head of `side` that of `rows`.
+        sizes: chunks, first, some.
+    """
+    _, first, some = sizes
+    terms = rows.new_empty(rows.shape[0], some, count, dtype=torch.float32)
+    made, options = squares_constants(kind)
+    tensors, strides = (rows, side.vectors, side.affine, head, terms), rows.stride()[:3]
+    _square(
+        (-(-count // made["ROWS"]), some, rows.shape[0]),
+        (*tensors, *strides, rows.shape[2], count, first),
+        made,
+        options,
+        (kind, rows.device) if are_aligned(tensors, strides) else None,
+    )
+    return terms
 
 
 def _read_states(
@@ -286,7 +322,11 @@ def _read_states(
     batch, heads, queries = query.shape[:3]
     made, options = read_constants(kind)
     side = exponents.query
-    tensors = (query, side.vectors, side.affine, exponents.mean, *states, *places, *out)
+    terms = states[1]  # not read
+    if kind.squares:
+        head = integers(tuple(range(heads)), query.device)
+        terms = _square_rows(query, side, head, kind, -(-queries // BLOCK) * BLOCK, sizes)
+    tensors = (query, terms, side.vectors, side.affine, exponents.mean, *states, *places, *out)
     strides = query.stride()[:3]
     blocks = len(places[1])
     _answer(
@@ -299,20 +339,30 @@ def _read_states(
 
 
 @cache
+def squares_constants(kind: _Kind) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
+    """What the kernel of squares is compiled for, and its launch options."""
+    names = ("HEAD_DIM", "BLOCK_D", "FEATURES", "PIECES")
+    made = {name: x for name, x in _constants(kind).items() if name in names}
+    single = kind.dtype == torch.float32
+    made |= {"ROWS": 32 if single else 64, "BLOCK_C": min(made["BLOCK_D"], 32 if single else 64)}
+    return made, _options(kind) | ({} if single else {"num_warps": 4})
+
+
+@cache
 def states_constants(kind: _Kind) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
     """What the kernel that sums chunks is compiled for, and its launch options."""
     single = kind.dtype == torch.float32
-    return _constants(kind) | {
-        "CHUNK": kind.chunk,
-        "ROWS": 32 if single else 64,
-    }, _options(kind)
+    made = _constants(kind) | {"CHUNK": kind.chunk, "ROWS": 32 if single else 64}
+    # two or three programs of four warps share a multiprocessor
+    return made, _options(kind) | ({} if single else {"num_warps": 4})
 
 
 @cache
 def prefix_constants(kind: _Kind) -> tuple[dict[str, int], dict[str, int]]:
     """What the kernel that adds up chunks is compiled for, and its launch options."""
     made = {"VALUE_DIM": kind.value_dim, "BLOCK_V": block_of(kind.value_dim)}
-    return made | {"FEATURES": kind.features, "BLOCK_F": 16}, {"num_warps": 4, "num_stages": 4}
+    options = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
+    return made | {"FEATURES": kind.features, "BLOCK_F": 16}, options
 
 
 @cache
@@ -358,9 +408,38 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+@triton.jit(do_not_specialize=("length", "count", "first"))
+def _squares(
+    x, vectors, affine, x_head, terms, x_batch_stride, x_head_stride, x_row_stride,
+    length, count, first,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    FEATURES: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    VECTORS: tl.constexpr = FEATURES + BLOCK_D
+    head = first + tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    x += batch * x_batch_stride + tl.load(x_head + head).to(tl.int64) * x_head_stride
+    row = _load(x + r.to(tl.int64)[:, None] * x_row_stride, r < length, d, HEAD_DIM, BLOCK_D)
+    vectors += head * (PIECES * VECTORS * BLOCK_D) + FEATURES * BLOCK_D
+    affine += head * (2 * VECTORS) + FEATURES
+    total = tl.zeros([ROWS], tl.float32)
+    for part in tl.range(0, BLOCK_D, BLOCK_C):
+        c = part + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        a, a_rest = _pieces(vectors, c, d, VECTORS, BLOCK_D, PIECES)
+        y = tl.dot(row, a.T, input_precision="ieee")
+        if PIECES == 2:
+            y = tl.dot(row, a_rest.T, y, input_precision="ieee")
+        y = y * tl.load(affine + c)[None, :] + tl.load(affine + VECTORS + c)[None, :]
+        total += tl.sum(y * y, 1)
+    terms += (batch * tl.num_programs(1) + tl.program_id(1)) * count
+    tl.store(terms + r, total, mask=r < count)
+
+
 @triton.jit(do_not_specialize=("keys", "chunks", "first"))
 def _chunk_sums(
-    key, value, vectors, affine, start, kv_head, sinks, means, log_mass,
+    key, value, terms, vectors, affine, start, kv_head, sinks, means, log_mass,
     key_batch, key_head, key_row, value_batch, value_head, value_row, keys, chunks, first,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -385,6 +464,7 @@ def _chunk_sums(
     end = tl.minimum(begin + CHUNK, keys)
     key += batch * key_batch + kv * key_head
     value += batch * value_batch + kv * value_head
+    terms += (batch * tl.num_programs(1) + tl.program_id(1)) * keys
     a, a_rest = _pieces(vectors, f, d, VECTORS, BLOCK_D, PIECES)
     unit = tl.load(affine + f)
     constant = tl.load(affine + VECTORS + f)
@@ -402,9 +482,7 @@ def _chunk_sums(
             logs = tl.dot(a_rest, k.T, logs, input_precision="ieee")
         logs = logs * unit[:, None] + constant[:, None]
         if SQUARES:
-            r_of_k = _square(k, vectors + FEATURES * BLOCK_D, affine + FEATURES,
-                             VECTORS, BLOCK_D, PIECES)  # fmt: skip
-            logs -= r_of_k[None, :]
+            logs -= tl.load(terms + j, mask=real, other=0.0)[None, :]
         logs = tl.where(real[None, :], logs, float("-inf"))
         new_shift = tl.maximum(shift, tl.max(logs, 1))
         weights = tl.math.exp2(logs - new_shift[:, None])
@@ -455,7 +533,7 @@ def _prefix_sums(
 
 @triton.jit(do_not_specialize=("queries", "blocks", "heads", "chunks", "first"))
 def _read(
-    query, vectors, affine, mean, state, state_log_mass, start, block, floor,
+    query, terms, vectors, affine, mean, state, state_log_mass, start, block, floor,
     numerators, masses, shifts,
     query_batch, query_head, query_row, queries, blocks, heads, chunks, first,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -525,8 +603,9 @@ def _read(
     # states that hold no key have the log-mass LOW
     mass = tl.where(shift < 0.5 * LOW, 0.0, mass)
     if SQUARES:
-        shift -= _square(q, vectors + FEATURES * BLOCK_D, affine + FEATURES,
-                         VECTORS, BLOCK_D, PIECES)  # fmt: skip
+        rows = tl.cdiv(queries, BLOCK) * BLOCK
+        terms += (batch * tl.num_programs(1) + tl.program_id(1)) * rows
+        shift -= tl.load(terms + q_row)
     else:
         shift -= top + tl.math.log2(total)
     m = tl.load(mean + head * BLOCK_D + d)
@@ -536,6 +615,7 @@ def _read(
     tl.store(shifts + at, shift)
 
 
+_square = Launcher(_squares)
 _sum = Launcher(_chunk_sums)
 _accumulate = Launcher(_prefix_sums)
 _answer = Launcher(_read)
@@ -550,20 +630,6 @@ def _pieces(vectors, f, d, VECTORS: tl.constexpr, BLOCK_D: tl.constexpr, PIECES:
     if PIECES == 2:
         rest = tl.load(cells + VECTORS * BLOCK_D)
     return a, rest
-
-
-@triton.jit
-def _square(
-    x, vectors, affine, VECTORS: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr
-):  # fmt: skip
-    """|R x|^2 of rows x."""
-    d = tl.arange(0, BLOCK_D)
-    a, a_rest = _pieces(vectors, d, d, VECTORS, BLOCK_D, PIECES)
-    y = tl.dot(x, a.T, input_precision="ieee")
-    if PIECES == 2:
-        y = tl.dot(x, a_rest.T, y, input_precision="ieee")
-    y = y * tl.load(affine + d)[None, :] + tl.load(affine + VECTORS + d)[None, :]
-    return tl.sum(y * y, 1)
 
 
 @triton.jit
