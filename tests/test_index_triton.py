@@ -135,3 +135,18 @@ def test_bad_input_is_refused() -> None:
         index_triton.nearest_centres(points, centre[:1])
     with pytest.raises(ValueError, match=r"directions must be \[16, a multiple of 3\], got"):
         index_triton.hash_codes(points[None], torch.zeros(16, 8), 3)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_a_gpu_takes_the_kernels_and_waits_for_nothing() -> None:
+    points, centre, method = randn(2, 70, 16).float(), randn(2, 5, 16, seed=1).float(), LSH(8, 2, 4)
+    weight = torch.ones(2, 70)
+    there = [t.to(DEVICE) for t in (points, weight, centre)]
+    for mode in ("default", "error"):  # once to compile and to move directions
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            clusters, buckets = nearest(*there, 1), method._bucket(there[0][None])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert float((clusters.cpu() == nearest(points, weight, centre, 1)).double().mean()) > 0.98
+    assert float((buckets.cpu() == method._bucket(points[None])).double().mean()) > 0.98
