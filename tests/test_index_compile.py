@@ -17,13 +17,14 @@ KERNELS = {
         "90:bf16:64:chunks:128",
         "90:bf16:64:read:128",
         "90:fp16:128:chunks:128",
+        "90:bf16:128:read:128",
         "90:fp32:64:read:128",
         "90:bf16:64:prefix:128",
         "90:fp32:64:nearest:16",
         "90:fp32:64:hash:64",
         "90:bf16:64:nearest:64",
     ],
-    100: ["100:bf16:64:chunks:128", "100:bf16:64:read:128", "100:bf16:64:hash:64"],
+    100: ["100:bf16:64:chunks:128", "100:bf16:64:read:128", "100:fp32:128:nearest:64"],
 }
 PRODUCTS = {"80": "hmma", "90": "hgmma", "100": "utcmma"}
 

@@ -21,7 +21,7 @@ from attnplan.kernels.part import Part
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """What rounding may cost an output, of values around 1."""
-LOGARITHMS = {torch.float32: 2e-5, torch.float16: 1e-4, torch.bfloat16: 2e-3}
+LOGARITHMS = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
 """What rounding may cost the logarithm of a mass."""
 
 MAPS = {

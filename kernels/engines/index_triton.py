@@ -109,7 +109,9 @@ def hash_constants(
 
 
 def _constants(dim: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    most = 32 if dtype == torch.float32 else 64  # without spills
+    most = 64  # without spills
+    if dtype == torch.float32:
+        most = 32 if dim <= 64 else 16
     return {
         "DIM": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),

@@ -369,11 +369,10 @@ def prefix_constants(kind: _Kind) -> tuple[dict[str, int], dict[str, int]]:
 def read_constants(kind: _Kind) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
     """What the kernel that reads states is compiled for, and its launch options."""
     single = kind.dtype == torch.float32
-    return _constants(kind) | {
-        "CHUNK": kind.chunk,
-        "BLOCK": BLOCK,
-        "ROWS": 16 if single else BLOCK,
-    }, _options(kind)
+    made = _constants(kind) | {"CHUNK": kind.chunk, "BLOCK": BLOCK, "ROWS": 16 if single else BLOCK}
+    if max(kind.head_dim, kind.value_dim) > 64:
+        made["BLOCK_F"] = min(made["BLOCK_F"], 32)
+    return made, _options(kind)
 
 
 def _constants(kind: _Kind) -> dict[str, int | bool]:
