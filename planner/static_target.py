@@ -6,15 +6,16 @@
 next free program slot: a row costs a constant and so much for every tile that it reads. A layer
 whose heads are all dense goes to the vendor's kernel, at a share of the peak rate.
 
-The constants reproduce the timings `MEASURED`, of one H200, within 10 %. For other devices peak
-rates, clocks and bandwidths are those of the data sheets, and the shares of them that kernels
-reach are assumed to be those of the H200. Nothing here was measured on them.
+The constants were fitted to timings of one H200, `plans/h200-kernels.jsonl` (bfloat16, causal, 32
+heads, 8 kv heads). Layers that choose nothing, or blocks, of 1,024 to 32,768 tokens are reproduced
+within 10 %; at 131,072 they take up to 23 % longer than is said here. For other devices peak rates,
+clocks and bandwidths are published ones, and the shares of them that kernels reach are assumed to
+be those of the H200. Nothing here was measured on them.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from attnplan.kernel_rows import at_density, efficiency, parse
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
-from attnplan.kernels.block_pattern import ScoredBlocks
+from attnplan.kernels.layer import can_prepare
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
 from attnplan.models import LoadedModel
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
@@ -37,7 +38,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says, and how many programs of the kernel a multiprocessor holds.
+    """What its maker says, and how many programs of the kernel a multiprocessor holds.
 
     Attributes:
         name: for people.
@@ -61,10 +62,13 @@ class Gpu:
         return DeviceIdentity(f"{self.name} (static estimate)", "cuda", "", 0, {})
 
 
-# Sources: H100, https://glennklockwood.com/garden/processors/h100; B200 and L40S (its peak there is
-# 366), https://hmc-tech.com/gpu/nvidia-b200-vs-nvidia-l40s. These are not NVIDIA's own pages. A100,
-# and the memory of the H200, are quoted from memory of their data sheets, and were not checked.
-# Peaks are without sparsity; clocks are those that the peaks are stated for.
+# Sources: A100, https://glennklockwood.com/garden/processors/A100, its clock
+# https://www.thundercompute.com/blog/nvidia-a100-specs-full-guide; H100, the first site's page
+# H100, and the same chip in the H200, whose memory is that of
+# https://openmetal.io/resources/blog/how-the-h200-is-built-for-memory-bound-ai-workloads/; B200
+# and L40S (its peak there is 366), https://hmc-tech.com/gpu/nvidia-b200-vs-nvidia-l40s. These are
+# not NVIDIA's own pages. Peaks are without sparsity; clocks are those that the peaks are stated
+# for.
 # Programs: measured on sm_90; elsewhere by shared memory, 16 KB (head_dim 64) or 32 KB (128) per
 # stage, of 164 KB (A100), 228 KB (B200), 100 KB (L40S).
 GPUS = {
@@ -76,58 +80,35 @@ GPUS = {
 }
 CALIBRATED = GPUS["h200"]
 
-SHARE = (0.473, 0.523)
+SHARE = (0.459, 0.507)
 """Of the peak that full tiles reach with head_dim 64 and 128, all program slots at work."""
-DENSE_SHARE = (0.441, 0.616)
-"""Of the peak that the vendor's dense kernel reaches (causal, half of the pairs counted)."""
+DENSE_SHARE, DENSE_START_US = (0.461, 0.591), 20.0
+"""Of the peak that the vendor's dense kernel reaches (causal, half of the pairs counted), after a
+start and before an end in which not all of the device is at work: short texts are all start."""
 ROW_US = 5.0
 """A row of 64 queries beside its tiles: start, queries, output. In cycles the same everywhere."""
 MASKED, GATHERED, SLOT = 1.5, 2.5, 2.0
 """Cost of a tile over that of a full one. The first is measured; the others are assumed: a gather
 copies row by row, a tile of slots reads weights too."""
-LAUNCH_US = 3.0
+LAUNCH_US, HOST_LAUNCH_US = 3.0, 20.0
+"""Of the device, and of the host, which is the slower one where little is to do."""
 BANDWIDTH = 4250.0 / CALIBRATED.memory_gb_s
 """Share of the peak bandwidth that a copy reaches."""
-BLOCK_LAUNCHES, BLOCK_MACS = 5, 8.0e12
-"""Choosing blocks by scores: launches, and multiply-adds per second on an H200."""
-OTHER_LAUNCHES, OTHER_MACS = 60, 0.5e12
-"""Whatever else chooses keys or sums over them: assumed, and slow, as chains of tensor calls."""
+BLOCK_LAUNCHES, BLOCK_MACS = 6, 2.0e12
+"""Choosing blocks by the score kernel: launches, and multiply-adds per second on an H200."""
+TORCH_CALLS, TORCH_MACS = 30, 0.5e12
+"""Choosing blocks by scores that torch computes: calls, and multiply-adds per second; assumed."""
+CHAIN_MS = 7.0
+"""Whatever else chooses keys or sums over them: chains of tensor calls that wait for each other.
+With the multiply-adds at the same rate, that is half to twice the 5 to 15 ms of 22 such layers in
+`plans/h200-smollm2-8192.jsonl`; a wait for the host, it is the same on every device."""
 
 SAMPLED = 64
 """Query blocks whose tiles are counted; between them counts are interpolated."""
 
 
-@dataclass(frozen=True)
-class MeasuredLayer:
-    """One timing of the attention kernel, without the choice of blocks.
-
-    Attributes:
-        head_dim: of 32 heads and 8 kv heads at 8,192 tokens, bfloat16, causal, on an H200.
-        layer: equal shares of the heads have these methods.
-        ms: median.
-    """
-
-    head_dim: int
-    layer: tuple[str, ...]
-    ms: float
-
-
 _DENSE, _WINDOW, _BLOCKS = "dense()", "window(window=1024, sinks=4)", "block_topk(top=12, local=2)"
 _MIX = (_DENSE, "window(window=512, sinks=4)", _BLOCKS, "window(window=128, sinks=4)")
-MEASURED = (
-    MeasuredLayer(64, (_DENSE,), 0.632),
-    MeasuredLayer(64, (_WINDOW,), 0.203),
-    MeasuredLayer(64, (_BLOCKS,), 0.176),
-    MeasuredLayer(64, _MIX, 0.263),
-    MeasuredLayer(128, (_DENSE,), 1.122),
-    MeasuredLayer(128, (_WINDOW,), 0.410),
-    MeasuredLayer(128, (_BLOCKS,), 0.331),
-    MeasuredLayer(128, _MIX, 0.470),
-)
-MEASURED_DENSE = {64: 0.630, 128: 0.902}
-"""Milliseconds of the vendor's dense kernel by head_dim, under the same conditions."""
-MEASURED_CHOICE_MS = 0.020
-"""Choosing blocks under the same conditions."""
 
 
 def gpu(name: str) -> Gpu:
@@ -193,7 +174,8 @@ def dense_ms(shape: AttentionShape, device: Gpu) -> float:
     """The vendor's dense kernel."""
     macs = shape.dense_macs * shape.heads * shape.batch
     busy = 2e3 * macs / (device.tflops * 1e12 * _by_head_dim(DENSE_SHARE, shape.head_dim))
-    return _launches_ms(1, device) + max(busy, _bytes_ms(shape, device))
+    start = min(_cycles_ms(DENSE_START_US, device), busy)
+    return _cycles_ms(LAUNCH_US, device) + start + max(busy, _bytes_ms(shape, device))
 
 
 def kernel_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu) -> float:
@@ -201,34 +183,32 @@ def kernel_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
     programs = _programs(shape.head_dim, device)
     slots = device.multiprocessors * programs
     prices = _tile_us(shape.head_dim, device) * np.array([1.0, MASKED, GATHERED, SLOT])
-    start = ROW_US * CALIBRATED.clock_mhz / device.clock_mhz
+    start = 1e3 * _cycles_ms(ROW_US, device)
     heads = [tiles_of(a, shape.queries, shape.keys, shape.head_dim) for a in layer]
     rows = np.concatenate(heads * shape.batch)
     longest_first = rows.sum(1).argsort(kind="stable")[::-1]
     costs = start + rows[longest_first] @ prices
     busy = makespan(costs.tolist(), slots) / 1e3
-    return _launches_ms(1, device) + max(busy, _bytes_ms(shape, device))
+    return _cycles_ms(LAUNCH_US, device) + max(busy, _bytes_ms(shape, device))
 
 
 def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu) -> float:
-    """Choosing keys and making slots; heads that choose together share the launches."""
+    """Choosing keys and making slots; heads that choose together share what is paid once."""
     ms = 0.0
-    groups = Counter(a.together for a in layer if not a.static)
-    for together in groups:
-        members = [a for a in layer if a.together == together and not a.static]
-        first = members[0]
+    is_prepared = can_prepare(layer)
+    groups: dict[str, list[Approximation]] = {}
+    for a in layer:
+        if not a.static:
+            groups.setdefault(a.together, []).append(a)
+    for members in groups.values():
         macs = shape.batch * sum(a.cost(shape).selection for a in members)
-        launches, rate = OTHER_LAUNCHES, OTHER_MACS
-        if first.far is None and _has_score_kernel(first):
-            launches, rate = BLOCK_LAUNCHES, BLOCK_MACS
-        ms += _launches_ms(launches, device) + 1e3 * macs / (rate * _general_speed(device))
+        once, rate = CHAIN_MS, TORCH_MACS
+        if is_prepared and "layer_scores" in vars(type(members[0].near)):
+            once, rate = _cycles_ms(BLOCK_LAUNCHES * LAUNCH_US, device), BLOCK_MACS
+        elif is_prepared:
+            once = TORCH_CALLS * HOST_LAUNCH_US / 1e3
+        ms += once + 1e3 * macs / (rate * _general_speed(device))
     return ms
-
-
-def _has_score_kernel(approximation: Approximation) -> bool:
-    """It chooses blocks, by scores that are not left to calls of torch."""
-    near = type(approximation.near)
-    return issubclass(near, ScoredBlocks) and "layer_scores" in vars(near)
 
 
 def makespan(costs: Sequence[float], slots: int) -> float:
@@ -293,8 +273,9 @@ def _by_head_dim(values: tuple[float, float], head_dim: int) -> float:
     return float(np.interp(head_dim, (64, 128), values))
 
 
-def _launches_ms(launches: int, device: Gpu) -> float:
-    return launches * LAUNCH_US * CALIBRATED.clock_mhz / device.clock_mhz / 1e3
+def _cycles_ms(us: float, device: Gpu) -> float:
+    """What takes `us` at the clock of the H200, and as many cycles here."""
+    return us * CALIBRATED.clock_mhz / device.clock_mhz / 1e3
 
 
 def _bytes_ms(shape: AttentionShape, device: Gpu) -> float:
@@ -396,11 +377,11 @@ def page() -> str:
             "Nothing on this page was measured. It is printed by `python -c 'from "
             "attnplan.static_target import page; print(page(), end=str())'`: the estimates that "
             "`attnplan search --target h100` plans with, for bfloat16, causal, batch 1, 32 heads "
-            "and 8 kv heads. The constants of the model reproduce ten timings of one H200 at 8,192 "
-            "tokens within 10 %; other lengths, and the H100, are extrapolations. The model knows "
-            "nothing of caches, of clocks under load, or of the time that the host takes. A row is "
-            "as slow when the other programs of its multiprocessor are done: short layers, of few "
-            "rows per slot, may take less than is said here.",
+            "and 8 kv heads. The constants of the model reproduce timings of one H200 at 1,024 to "
+            "32,768 tokens (`docs/gpu-h200.md`) within 10 %; at 131,072, where caches are too "
+            "small, layers take up to 23 % longer than it says. The H100 is an extrapolation. The "
+            "model knows nothing of caches, of clocks under load, or of the time that the host "
+            "takes to start a kernel.",
             "## Efficiency",
             "Dense time times density over time, and the time of a layer: 1 means that time falls "
             "as work does. Dense is the vendor's kernel. Heads of block top-k pay for the choice.",
