@@ -8,7 +8,7 @@ whose heads are all dense goes to the vendor's kernel, at a share of the peak ra
 
 The constants were fitted to timings of one H200, `plans/h200-kernels.jsonl` (bfloat16, causal, 32
 heads, 8 kv heads). Layers that choose nothing, or blocks, of 1,024 to 32,768 tokens are reproduced
-within 10 %; at 131,072 they take up to 23 % longer than is said here. For other devices peak rates,
+within 10 %; at 131,072 they take up to 26 % longer than is said here. For other devices peak rates,
 clocks and bandwidths are published ones, and the shares of them that kernels reach are assumed to
 be those of the H200. Nothing here was measured on them.
 """
@@ -379,7 +379,7 @@ def page() -> str:
             "`attnplan search --target h100` plans with, for bfloat16, causal, batch 1, 32 heads "
             "and 8 kv heads. The constants of the model reproduce timings of one H200 at 1,024 to "
             "32,768 tokens (`docs/gpu-h200.md`) within 10 %; at 131,072, where caches are too "
-            "small, layers take up to 23 % longer than it says. The H100 is an extrapolation. The "
+            "small, layers take up to 26 % longer than it says. The H100 is an extrapolation. The "
             "model knows nothing of caches, of clocks under load, or of the time that the host "
             "takes to start a kernel.",
             "## Efficiency",
