@@ -44,7 +44,7 @@ TINY = Sweep(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny kernels on several threads mostly wait for each other."""
     before = torch.get_num_threads()
