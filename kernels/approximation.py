@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
+from attnplan.kernels.indexing import heads_of, numbers_on
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK, TileList
 
@@ -175,6 +176,11 @@ class Inputs:
         return -(-self.query.shape[2] // BLOCK)
 
     @property
+    def all_blocks(self) -> Tensor:
+        """All blocks of 64 query rows, int64 [blocks], the same tensor at every call."""
+        return numbers_on(tuple(range(self.blocks)), self.query.device)
+
+    @property
     def offset(self) -> int:
         """Position of the first query."""
         return self.key.shape[2] - self.query.shape[2]
@@ -192,6 +198,14 @@ class Inputs:
             )
         return self.fitted[name].to(self.query.device)
 
+    def fitted_heads(self, name: str, heads: Sequence[int]) -> Tensor:
+        """Calibrated data `name` of some heads, query or kv heads of the layer.
+
+        Raises:
+            ValueError: nobody fitted it.
+        """
+        return heads_of(self.fitted_tensor(name), heads, 0)
+
     @property
     def on_blocks(self) -> Inputs:
         """The same call with `start` rounded down to where a key block begins."""
@@ -202,7 +216,7 @@ class Inputs:
         if index == tuple(range(len(self.head))):
             return self
         return Inputs(
-            self.query[:, list(index)],
+            heads_of(self.query, index),
             self.key,
             self.value,
             self.scale,
@@ -215,7 +229,9 @@ class Inputs:
     def rows(self, blocks: Tensor) -> Tensor:
         """The queries of some blocks, [batch, heads, len(blocks) * 64, head_dim], zero-padded."""
         rows = self.blocks * BLOCK
-        if len(blocks) == self.blocks and bool((blocks[1:] > blocks[:-1]).all()):
+        if blocks is self.all_blocks or (
+            len(blocks) == self.blocks and bool((blocks[1:] > blocks[:-1]).all())
+        ):
             # all blocks in order: at most the padding is copied
             more = rows - self.query.shape[2]
             return torch.nn.functional.pad(self.query, (0, 0, 0, more)) if more else self.query
@@ -385,6 +401,13 @@ class Compressor(ABC):
         At least `window` keys before the block's first query stay near.
         """
 
+    @abstractmethod
+    def chunks_before(self, inputs: Inputs, floor: Tensor) -> Tensor:
+        """How many chunks lie before each floor, int64 like `floor`.
+
+        Depends on sizes and padding alone.
+        """
+
     def far(
         self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
     ) -> tuple[Slots | None, TileList]:
@@ -398,11 +421,26 @@ class Compressor(ABC):
             sinks: for each head, first keys that stay near.
             kept: bool [batch, heads, blocks, chunks], chunks that stay near, if `separable`.
         """
+        chunks = int(self.chunks_before(inputs, floor).max())
+        return self.compress(inputs, chunks, sinks), self.far_tiles(inputs, floor, kept)
+
+    def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
+        """The slots of `far`.
+
+        Args:
+            inputs: the call.
+            chunks: the most that lie before a floor.
+            sinks: for each head, first keys that stay near.
+        """
+        return None
+
+    def far_tiles(self, inputs: Inputs, floor: Tensor, kept: Tensor | None = None) -> TileList:
+        """The tiles of `far`: without `kept` they depend on sizes and padding alone."""
         batch, heads, blocks = floor.shape
-        return None, tile_list.empty(batch, heads, blocks, floor.device)
+        return tile_list.empty(batch, heads, blocks, floor.device)
 
     def part(
-        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int], chunks: int
     ) -> Part | None:
         """What the keys in [start + sinks, floor) contribute to the rows of `blocks` without slots.
 
@@ -414,6 +452,7 @@ class Compressor(ABC):
             blocks: int64 [n], which blocks of 64 query rows to answer for.
             floor: int64 [batch, heads, n].
             sinks: for each head, first keys that stay near.
+            chunks: the most that lie before a floor.
         """
         return None
 
@@ -524,7 +563,8 @@ class Approximation:
         window, sinks = self.reach
         heads = len(inputs.head)
         floor = self.far.floor(inputs, blocks, window)[:, None].expand(-1, heads, -1)
-        return self.far.part(inputs, blocks, floor, (sinks,) * heads)
+        chunks = int(self.far.chunks_before(inputs, floor).max())
+        return self.far.part(inputs, blocks, floor, (sinks,) * heads, chunks)
 
     @property
     def together(self) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels.indexing import heads_of
 
 FLOOR = 1e-6
 """Directions with a smaller share of the largest energy are not stretched further."""
@@ -88,9 +89,9 @@ def coordinates(inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(inputs.key.dtype, torch.float32)
 
     def fitted(name: str) -> Tensor:
-        return inputs.fitted_tensor(f"balanced.{name}")[list(inputs.head)].to(wide)
+        return inputs.fitted_heads(f"balanced.{name}", inputs.head).to(wide)
 
-    key = inputs.key[:, list(inputs.kv_head)].to(wide) - fitted("key_mean")[:, None]
+    key = heads_of(inputs.key, inputs.kv_head).to(wide) - fitted("key_mean")[:, None]
     return query.to(wide) @ fitted("query_map"), key @ fitted("key_map")
 
 

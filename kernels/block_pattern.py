@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.indexing import heads_of, numbers_on
 from attnplan.kernels.pattern import causal, window_pairs
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import best
@@ -51,7 +52,7 @@ class BlockGrid:
             torch.arange(-(-keys // BLOCK), device=device),
             (begin // BLOCK)[:, None],
             (end // BLOCK)[:, None],
-            torch.tensor(inputs.start, device=device)[:, None, None, None] // BLOCK,
+            numbers_on(inputs.start, device)[:, None, None, None] // BLOCK,
         )
 
     def always(self, local: int) -> Tensor:
@@ -119,7 +120,7 @@ def block_words(inputs: Inputs, blocks: Tensor, tiles: Tensor) -> Tensor:
     within = torch.arange(BLOCK, device=tiles.device)
     i = (blocks[:, None] * BLOCK + within)[None, :, None, :, None] + inputs.offset
     j = tiles[..., None, None] * BLOCK + within  # [batch, blocks, n, 1, 64]
-    start = torch.tensor(inputs.start, device=tiles.device)[:, None, None, None, None]
+    start = numbers_on(inputs.start, tiles.device)[:, None, None, None, None]
     keep = (j <= i) & (j >= start) & (i < inputs.key.shape[2])
     return tile_list.pack_bits(keep).flatten(0, 2)
 
@@ -131,14 +132,14 @@ def pooled_keys(inputs: Inputs) -> Tensor:
     """
     keys = inputs.key.shape[2]
     position = torch.arange(keys, device=inputs.key.device)
-    real = position >= torch.tensor(inputs.start, device=position.device)[:, None]
+    real = position >= numbers_on(inputs.start, position.device)[:, None]
     return _block_means(inputs.key, real[:, None, :, None])
 
 
 def pooled_queries(inputs: Inputs, blocks: Tensor) -> Tensor:
     """Mean query of some query blocks, [batch, heads, len(blocks), head_dim]."""
     real = inputs.positions(blocks)  # [blocks, 64]
-    start = torch.tensor(inputs.start, device=blocks.device)[:, None, None]
+    start = numbers_on(inputs.start, blocks.device)[:, None, None]
     real = (real >= start).flatten(1)  # padding rows have position -1 or lie before start
     return _block_means(inputs.rows(blocks), real[:, None, :, None])
 
@@ -196,19 +197,16 @@ class ScoredBlocks(Selector):
 
         A method whose scores do not depend on settings, or need no copy of queries, overrides this.
         """
-        blocks = torch.arange(inputs.blocks, device=inputs.query.device)
         groups: dict[Self, list[int]] = {}
         for place, selector in enumerate(selectors):
             groups.setdefault(selector, []).append(place)
         order = [place for places in groups.values() for place in places]
+        blocks = inputs.all_blocks
         parts = [
             selector.scores(inputs.heads(tuple(heads[place] for place in places)), blocks)
             for selector, places in groups.items()
         ]
-        if order == sorted(order):
-            return torch.cat(parts, 1)
-        back = torch.tensor(order, device=blocks.device).argsort()
-        return torch.cat(parts, 1)[:, back]
+        return heads_of(torch.cat(parts, 1), [order.index(place) for place in range(len(order))])
 
     @abstractmethod
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:

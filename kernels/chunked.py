@@ -7,13 +7,14 @@ may keep some of these chunks near: their summaries are then left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Compressor, Inputs
+from attnplan.kernels.indexing import heads_of, numbers_on
 from attnplan.kernels.tile_list import BLOCK
 
 
@@ -28,26 +29,30 @@ class ChunkedFarField(Compressor):
             raise ValueError(f"chunk must be at least {BLOCK} keys, got {self.chunk}")
 
     def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
-        start = _on(inputs.start, blocks.device)[:, None]
+        start = numbers_on(inputs.start, blocks.device)[:, None]
         outside = blocks * BLOCK + inputs.offset - start - window + 1
         return start + outside.clamp(min=0) // self.chunk * self.chunk
 
     def chunks_before(self, inputs: Inputs, floor: Tensor) -> Tensor:
-        """How many chunks each query block reads, int64 [batch, heads, blocks]."""
-        start = _on(inputs.start, floor.device)[:, None, None]
+        start = numbers_on(inputs.start, floor.device)[:, None, None]
         return (floor - start) // self.chunk
 
     def by_chunk(self, inputs: Inputs, rows: Tensor, chunks: int) -> Tensor:
         """The first keys or values by chunk, [batch, heads, chunks, chunk, dim]."""
         length = chunks * self.chunk  # padded sequences have fewer chunks: theirs end in zeros
-        parts = [rows[b, :, start : start + length] for b, start in enumerate(inputs.start)]
-        parts = [torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])) for p in parts]
-        return torch.stack(parts)[:, list(inputs.kv_head)].unflatten(2, (chunks, self.chunk))
+        first = inputs.start[0]
+        if len(set(inputs.start)) == 1 and first + length <= rows.shape[2]:
+            found = rows[:, :, first : first + length]
+        else:
+            parts = [rows[b, :, start : start + length] for b, start in enumerate(inputs.start)]
+            parts = [torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])) for p in parts]
+            found = torch.stack(parts)
+        return heads_of(found, inputs.kv_head).unflatten(2, (chunks, self.chunk))
 
-    def is_sink(self, chunks: int, sinks: list[int], device: torch.device) -> Tensor:
+    def is_sink(self, chunks: int, sinks: Sequence[int], device: torch.device) -> Tensor:
         """Keys of the first chunks that stay near as sinks, bool [heads, chunks, chunk]."""
         position = torch.arange(chunks * self.chunk, device=device).view(chunks, self.chunk)
-        return position < torch.tensor(sinks, device=device)[:, None, None]
+        return position < numbers_on(tuple(sinks), device)[:, None, None]
 
     def visible(self, shape: AttentionShape, window: int, sinks: int) -> tuple[Tensor, Tensor]:
         """For every query, how many chunks it reads, and how many near keys the pair adds.
@@ -59,9 +64,3 @@ class ChunkedFarField(Compressor):
         chunks = (first - window + 1).clamp(min=0) // self.chunk
         reached = torch.clamp(chunks * self.chunk, min=sinks)
         return chunks, (row + shape.keys - shape.queries + 1 - window - reached).clamp(min=0)
-
-
-@lru_cache(maxsize=256)
-def _on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Some numbers as int64 on a device, moved there once: a move waits for the device."""
-    return torch.tensor(numbers, device=device)

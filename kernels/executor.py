@@ -53,7 +53,7 @@ def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 _CUDA = (
-    *("triton.py", "schedule.py", "launching.py"),
+    *("triton.py", "schedule.py", "launching.py", "part_triton.py"),
     *("select_triton.py", "index_triton.py", "linear_triton.py"),
 )
 
@@ -66,8 +66,7 @@ def engine_digest(device: str) -> str:
         device: 'cpu' or 'cuda'.
     """
     folder = Path(__file__).parent
-    gpu = ("triton.py", "select_triton.py", "linear_triton.py", "index_triton.py")
-    names = {"cpu": ("cpu.py", "build.py"), "cuda": gpu}[device]
+    names = {"cpu": ("cpu.py", "build.py"), "cuda": _CUDA}[device]
     files = [folder / "engines" / name for name in names]
     if device == "cpu":
         files += sorted(f for kind in ("*.cpp", "*.h") for f in (folder / "engines").glob(kind))

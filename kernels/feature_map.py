@@ -34,6 +34,7 @@ from torch import Tensor
 from attnplan.kernels import balance
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Kept, Moments
 from attnplan.kernels.chunked import ChunkedFarField
+from attnplan.kernels.indexing import heads_of
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
 
@@ -126,15 +127,15 @@ class FeatureMap(ChunkedFarField):
         """Multiply-adds of the features of one row."""
 
     def part(
-        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
+        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int], chunks: int
     ) -> Part | None:
+        if not chunks:
+            return None
         if self.logarithmic and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
             from attnplan.kernels.engines import linear_triton
 
-            return linear_triton.part(self, inputs, blocks, floor, sinks)
+            return linear_triton.part(self, inputs, blocks, floor, sinks, chunks)
         read = self.chunks_before(inputs, floor)
-        if not bool((read > 0).any()):
-            return None
         heads = range(len(inputs.head))
         numbers = inputs.key.shape[0] * max(inputs.key.shape[2], 1) * self.count(_dim(inputs))
         step = max(1, NUMBERS // numbers)
@@ -143,8 +144,8 @@ class FeatureMap(ChunkedFarField):
             some = tuple(heads[first : first + step])
             here = inputs.heads(some)
             frame = Frame.of(here)
-            state = self._states(here, frame, int(read.max()), [sinks[h] for h in some])
-            made.append(self._read(here, frame, state, blocks, read[:, list(some)]))
+            state = self._states(here, frame, chunks, [sinks[h] for h in some])
+            made.append(self._read(here, frame, state, blocks, heads_of(read, some)))
         numerator, mass, shift = (torch.cat(same, 1) for same in zip(*made, strict=True))
         return Part(numerator, mass, shift, tuple(heads))
 
@@ -251,11 +252,10 @@ class Frame:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Frame:
-        heads = list(inputs.head)
         dtype = torch.promote_types(inputs.key.dtype, torch.float32)
 
         def fitted(name: str) -> Tensor:
-            return inputs.fitted_tensor(name)[heads].to(dtype)
+            return inputs.fitted_heads(name, inputs.head).to(dtype)
 
         turn = fitted("balanced.directions") * inputs.scale**0.5
         return cls(

@@ -24,9 +24,8 @@ from attnplan.kernels.slot_chunks import Chunks, Summary
 
 def points(rows: Tensor, chunks: Chunks, inputs: Inputs) -> Tensor:
     """Keys [..., chunk, head_dim] in balanced coordinates, the scale of the scores in them."""
-    heads = list(chunks.head)
-    mean = inputs.fitted_tensor("balanced.key_mean")[heads].to(rows.dtype)
-    key_map = inputs.fitted_tensor("balanced.key_map")[heads].to(rows.dtype)
+    mean = inputs.fitted_heads("balanced.key_mean", chunks.head).to(rows.dtype)
+    key_map = inputs.fitted_heads("balanced.key_map", chunks.head).to(rows.dtype)
     return (rows - mean[:, None, None]) @ key_map[:, None] * chunks.scale**0.5
 
 

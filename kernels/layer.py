@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnplan.kernels import part, tile_list
+from attnplan.kernels import part, slot_rows, tile_list
 from attnplan.kernels.approximation import (
     Approximation,
     Compressor,
@@ -48,6 +48,7 @@ class LayerKernel:
         self.fitted = fitted or {}
         self.is_dense = all(a.is_dense for a in assignment)
         self._can_prepare = can_prepare(assignment)
+        self._moved: dict[torch.device, Fitted] = {}
         self._of_shape: dict[object, PreparedLayer] = {}
         heads: dict[Approximation, list[int]] = {}
         for head, approximation in enumerate(assignment):
@@ -84,10 +85,11 @@ class LayerKernel:
         Returns:
             [batch, heads, queries, value_dim], in the dtype of `query`. Rows of padding are zero.
         """
-        inputs = Inputs.of_layer(query, key, value, scale=scale, start=start, fitted=self.fitted)
+        fitted = self._fitted_on(query.device)
+        inputs = Inputs.of_layer(query, key, value, scale=scale, start=start, fitted=fitted)
         if self._can_prepare and query.device.type == "cuda":
             return self._prepared(inputs)(inputs)[0]
-        blocks = torch.arange(inputs.blocks, device=query.device)
+        blocks = inputs.all_blocks
         tiles, slots = self.tiles(inputs, blocks)
         output, _ = attend(
             query,
@@ -100,6 +102,12 @@ class LayerKernel:
             part=self.part(inputs, blocks),
         )
         return output
+
+    def _fitted_on(self, device: torch.device) -> Fitted:
+        """The calibrated data, moved there once."""
+        if device not in self._moved:
+            self._moved[device] = {name: t.to(device) for name, t in self.fitted.items()}
+        return self._moved[device]
 
     def _prepared(self, inputs: Inputs) -> PreparedLayer:
         """What is made once per shape, for the last few shapes."""
@@ -143,7 +151,9 @@ class LayerKernel:
             windows, sinks = zip(*(self.assignment[head].reach for head in heads), strict=True)
             floors = {w: compressor.floor(inputs, blocks, w) for w in set(windows)}
             floor = torch.stack([floors[w] for w in windows], dim=1)
-            made = compressor.part(inputs.heads(tuple(heads)), blocks, floor, sinks)
+            some = inputs.heads(tuple(heads))
+            chunks = int(compressor.chunks_before(some, floor).max())
+            made = compressor.part(some, blocks, floor, sinks, chunks)
             if made is not None:
                 parts.append(replace(made, head=tuple(heads[h] for h in made.head)))
         return part.stack_heads(parts) if parts else None
@@ -169,7 +179,11 @@ class LayerKernel:
             nothing = tile_list.empty(len(inputs.start), len(others), blocks, inputs.query.device)
             parts.append((others, nothing))
         far = tile_list.stack_heads(parts, len(self.assignment))
-        return far, _merge_slots(slots, len(self.assignment)) if slots else None
+        if not slots:
+            return far, None
+        rows = slot_rows.rows_of_heads([heads for heads, _ in slots], len(self.assignment))
+        rows = rows.to(inputs.query.device)
+        return far, slot_rows.stack([made for _, made in slots], rows)
 
     def _static_tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[tuple[int, ...], TileList]:
         """Heads with static selectors, and their tile list, built once per shape."""
@@ -199,40 +213,13 @@ class LayerKernel:
 
 
 def can_prepare(assignment: Sequence[Approximation]) -> bool:
-    """Whether all heads keep as many key blocks as is known beforehand; see `PreparedLayer`."""
+    """Whether all heads read as many tiles as is known beforehand; see `PreparedLayer`."""
     return all(
-        a.far is None and isinstance(a.near, StaticPattern | ScoredBlocks) for a in assignment
+        isinstance(a.near, StaticPattern) or (a.far is None and isinstance(a.near, ScoredBlocks))
+        for a in assignment
     )
 
 
 _PREPARED_SHAPES = 4
 _CACHED_LISTS = 256
 _STATIC: OrderedDict[object, TileList] = OrderedDict()
-
-
-def _merge_slots(parts: list[tuple[list[int], Slots]], heads: int) -> Slots:
-    """The slots of all far fields of a layer, padded to the longest."""
-    count = max(slots.key.shape[2] for _, slots in parts)
-    pad = torch.nn.functional.pad
-    grown = [
-        replace(
-            s,
-            key=pad(s.key, (0, 0, 0, count - s.key.shape[2])),
-            log_weight=pad(s.log_weight, (0, count - s.key.shape[2]), value=float("-inf")),
-            weight=pad(s.weight, (0, count - s.key.shape[2])),
-            value=pad(s.value, (0, 0, 0, count - s.key.shape[2])),
-        )
-        for _, s in parts
-    ]
-    head = torch.full((heads,), -1, dtype=torch.int32, device=grown[0].key.device)
-    first = 0
-    for (names, _), slots in zip(parts, grown, strict=True):
-        head[names] = slots.head + first
-        first += slots.key.shape[1]
-    return Slots(
-        torch.cat([s.key for s in grown], 1),
-        torch.cat([s.log_weight for s in grown], 1),
-        torch.cat([s.weight for s in grown], 1),
-        torch.cat([s.value for s in grown], 1),
-        head,
-    )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Inputs, Selector
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 
 
@@ -39,34 +40,32 @@ class StaticPattern(Selector):
         return 0, 0
 
     def one_head(
-        self, queries: int, keys: int, start: Sequence[int], blocks: tuple[int, ...]
+        self,
+        queries: int,
+        keys: int,
+        start: Sequence[int],
+        blocks: tuple[int, ...],
+        floor: Tensor | None = None,
     ) -> TileList:
-        """The list of one head without a far field, on the CPU.
+        """The list of one head, on the CPU.
 
         Args:
             queries, keys: sizes of the call.
             start: for each batch row, the first key that is no left padding.
             blocks: which blocks of 64 query rows to answer for.
+            floor: as in `near`.
         """
-        rows = [_one_sequence(self, queries, keys, first, blocks, ()) for first in start]
+        floors = [()] * len(start) if floor is None else [tuple(row) for row in floor.tolist()]
+        rows = [
+            _one_sequence(self, queries, keys, first, blocks, ends)
+            for first, ends in zip(start, floors, strict=True)
+        ]
         return tile_list.stack_batch(rows)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-        wanted = tuple(blocks.tolist())
-        rows = [
-            _one_sequence(
-                self,
-                queries,
-                keys,
-                start,
-                wanted,
-                () if floor is None else tuple(floor[row].tolist()),
-            )
-            for row, start in enumerate(inputs.start)
-        ]
-        heads = inputs.query.shape[1]
-        return tile_list.stack_batch(rows).expand_heads(heads).to(inputs.query.device)
+        one = self.one_head(queries, keys, inputs.start, tuple(blocks.tolist()), floor)
+        return one.expand_heads(inputs.query.shape[1]).to(inputs.query.device)
 
     def keep(self, inputs: Inputs) -> Tensor:
         return causal(inputs) & self.rule(*relative_positions(inputs))
@@ -81,7 +80,7 @@ def causal(inputs: Inputs) -> Tensor:
 def relative_positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Positions from the first real token: i [batch, 1, queries, 1], j [batch, 1, 1, keys]."""
     device = inputs.query.device
-    start = torch.tensor(inputs.start, device=device)[:, None, None, None]
+    start = numbers_on(inputs.start, device)[:, None, None, None]
     i = torch.arange(inputs.query.shape[2], device=device)[:, None] + inputs.offset - start
     j = torch.arange(inputs.key.shape[2], device=device) - start
     return i, j

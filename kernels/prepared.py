@@ -1,26 +1,28 @@
-"""A layer on a GPU whose heads keep as many key blocks as is known beforehand.
+"""A layer on a GPU whose heads read as many tiles as is known beforehand.
 
-For heads with static patterns, and for heads that choose the best key blocks, only the numbers of
-the chosen blocks depend on the content. Everything else (rows, their order, masks, places of lists)
-is made once per shape on the host; a call scores blocks, chooses, and launches, and waits for
-nothing.
+Under static patterns, with or without a far field, and where heads choose the best key blocks, only
+slots and the numbers of the chosen blocks depend on the content. Everything else (rows, their
+order, masks, places of lists, floors) is made once per shape on the host; a call chooses and
+compresses, launches, adds what far fields contribute without slots, and waits for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Approximation, Inputs
+from attnplan.kernels import slot_rows, tile_list
+from attnplan.kernels.approximation import Approximation, Compressor, Inputs, Slots
 from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks, block_words
+from attnplan.kernels.engines import part_triton, select_triton, triton
 from attnplan.kernels.engines import schedule as scheduling
-from attnplan.kernels.engines import select_triton, triton
 from attnplan.kernels.engines.schedule import FIELDS, Rows
+from attnplan.kernels.part import Part
 from attnplan.kernels.pattern import StaticPattern
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.tile_list import BLOCK, TileList
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,23 @@ class _Choice:
     local: Tensor
 
 
+@dataclass(frozen=True)
+class _Far:
+    """Heads of one compressor, on the device.
+
+    Attributes:
+        compressor, heads, sinks: which heads of the layer, with what first keys that stay near.
+        chunks: the most that lie before a floor.
+        floor: int64 [batch, heads, blocks].
+    """
+
+    compressor: Compressor
+    heads: tuple[int, ...]
+    sinks: tuple[int, ...]
+    chunks: int
+    floor: Tensor
+
+
 class PreparedLayer:
     """One layer under a fixed assignment at one shape.
 
@@ -57,9 +76,12 @@ class PreparedLayer:
         all_blocks = tuple(range(inputs.blocks))
         static: dict[StaticPattern, list[int]] = {}
         scored: dict[type[ScoredBlocks], list[int]] = {}
+        paired: dict[Approximation, list[int]] = {}
         for head, approximation in enumerate(assignment):
             near = approximation.near
-            if isinstance(near, StaticPattern):
+            if approximation.far is not None:
+                paired.setdefault(approximation, []).append(head)
+            elif isinstance(near, StaticPattern):
                 static.setdefault(near, []).append(head)
             elif isinstance(near, ScoredBlocks):
                 scored.setdefault(type(near), []).append(head)
@@ -67,6 +89,14 @@ class PreparedLayer:
         for pattern, heads in static.items():
             tiles = pattern.one_head(queries, keys, inputs.start, all_blocks)
             parts.append((heads, scheduling.rows_of(tiles, keys, len(heads))))
+        floors: dict[int, Tensor] = {}
+        for approximation, heads in paired.items():
+            tiles, floor = _paired_tiles(approximation, inputs, all_blocks)
+            parts.append((heads, scheduling.rows_of(tiles, keys, len(heads))))
+            floors |= dict.fromkeys(heads, floor)
+        self._far = _far_fields(assignment, inputs, floors)
+        slotted = [far.heads for far in self._far if far.chunks]
+        self._slot_rows = slot_rows.rows_of_heads(slotted, len(assignment)).to(device)
         self._choices: list[_Choice] = []
         begin = 0
         for heads in scored.values():
@@ -104,14 +134,69 @@ class PreparedLayer:
                     start=self._start,
                     offset=inputs.offset,
                 )
-        return triton.launch(
+        slots, parts = self._far_fields(inputs)
+        output, log_mass = triton.launch(
             inputs.query,
             inputs.key,
             inputs.value,
             scale=inputs.scale,
             schedule=self.schedule,
             chosen=chosen,
+            slots=slots,
         )
+        for part in parts:
+            part_triton.merge(part, output, log_mass)
+        return output, log_mass
+
+    def _far_fields(self, inputs: Inputs) -> tuple[Slots | None, list[Part]]:
+        slots, parts = [], []
+        for far in self._far:
+            some = inputs.heads(far.heads)
+            made = far.compressor.compress(some, far.chunks, far.sinks)
+            if made is not None:
+                slots.append(made)
+            part = far.compressor.part(some, inputs.all_blocks, far.floor, far.sinks, far.chunks)
+            if part is not None:
+                parts.append(replace(part, head=tuple(far.heads[h] for h in part.head)))
+        return slot_rows.stack(slots, self._slot_rows) if slots else None, parts
+
+
+def _paired_tiles(
+    approximation: Approximation, inputs: Inputs, blocks: tuple[int, ...]
+) -> tuple[TileList, Tensor]:
+    """The tiles of one head with a far field, and int64 [batch, blocks], where that ends.
+
+    Both are on the CPU, and of sizes alone.
+    """
+    near, far = approximation.near, approximation.far
+    assert isinstance(near, StaticPattern) and far is not None
+    floor = far.floor(inputs, torch.tensor(blocks, dtype=torch.int64), near.recent)
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    tiles = near.one_head(queries, keys, inputs.start, blocks, floor)
+    return tile_list.concat([tiles, far.far_tiles(inputs, floor[:, None])]), floor
+
+
+def _far_fields(
+    assignment: Sequence[Approximation], inputs: Inputs, floors: Mapping[int, Tensor]
+) -> list[_Far]:
+    """Heads with a far field, by compressor.
+
+    Args:
+        assignment, inputs: as in `PreparedLayer`.
+        floors: of these heads, int64 [batch, blocks].
+    """
+    found: dict[Compressor, list[int]] = {}
+    for head in floors:
+        far = assignment[head].far
+        assert far is not None
+        found.setdefault(far, []).append(head)
+    made = []
+    for compressor, heads in found.items():
+        floor = torch.stack([floors[head] for head in heads], 1)
+        chunks = int(compressor.chunks_before(inputs, floor).max()) if floor.numel() else 0
+        sinks = tuple(assignment[head].reach[1] for head in heads)
+        made.append(_Far(compressor, tuple(heads), sinks, chunks, floor.to(inputs.query.device)))
+    return made
 
 
 def scored_rows(selectors: Sequence[ScoredBlocks], inputs: Inputs) -> tuple[Rows, Tensor]:

@@ -111,16 +111,13 @@ class ChunkCompressor(ChunkedFarField):
     def build_macs(self, head_dim: int) -> float:
         """Multiply-adds of summarising one chunk for one head."""
 
-    def far(
-        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
-    ) -> tuple[Slots | None, TileList]:
+    def far_tiles(self, inputs: Inputs, floor: Tensor, kept: Tensor | None = None) -> TileList:
         chunks = self.chunks_before(inputs, floor)
-        most = int(chunks.max())
-        slots = self._slots(inputs, most, sinks) if most else None
         if kept is None:
-            return slots, slot_tiles(torch.zeros_like(chunks), chunks * self.slots)
+            return slot_tiles(torch.zeros_like(chunks), chunks * self.slots)
+        most = int(chunks.max())
         before = torch.arange(most, device=chunks.device) < chunks[..., None]
-        return slots, chunk_tiles(before & ~kept[..., :most], self.slots)
+        return chunk_tiles(before & ~kept[..., :most], self.slots)
 
     def read(self, chunks: Tensor) -> Tensor:
         """How many slots a query reads that has `chunks` chunks behind it."""
@@ -135,18 +132,19 @@ class ChunkCompressor(ChunkedFarField):
         build = float(chunks.max()) * self.build_macs(shape.head_dim)
         return Cost(2.0 * shape.head_dim * pairs, build)
 
-    def _slots(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots:
+    def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
         """Slots of the first `chunks` chunks, padded to whole tiles of 64."""
-        heads = list(inputs.head)
+        if not chunks:
+            return None
         wide = torch.promote_types(inputs.key.dtype, torch.float32)
         key, value = (self.by_chunk(inputs, t, chunks).to(wide) for t in (inputs.key, inputs.value))
         if self.mean_name is None:
             log_w = torch.zeros_like(key[..., 0])
             mean = None
         else:
-            mean = inputs.fitted_tensor(self.mean_name)[heads].to(wide)
+            mean = inputs.fitted_heads(self.mean_name, inputs.head).to(wide)
             log_w = (key * mean[:, None, None]).sum(-1) * inputs.scale
-        near = self.is_sink(chunks, list(sinks), key.device)
+        near = self.is_sink(chunks, sinks, key.device)
         log_w = log_w.masked_fill(near, float("-inf"))
         shift = log_w.amax(-1, keepdim=True)
         shift = torch.where(shift.isfinite(), shift, 0.0)

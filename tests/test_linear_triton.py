@@ -77,11 +77,11 @@ def exactly(inputs: Inputs) -> Inputs:
 
 def call(
     far: FeatureMap, inputs: Inputs, blocks: Tensor, sinks: int = 4, window: int = 32
-) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Blocks, floors and sinks of all heads."""
+) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
+    """Blocks, floors and sinks of all heads, and the most chunks before a floor."""
     heads = len(inputs.head)
     floor = far.floor(inputs, blocks, window)[:, None].expand(-1, heads, -1)
-    return blocks, floor, (sinks,) * heads
+    return blocks, floor, (sinks,) * heads, int(far.chunks_before(inputs, floor).max())
 
 
 def both(
@@ -209,7 +209,8 @@ def test_without_a_chunk_there_is_no_part() -> None:
     inputs = text(60)
     assert linear_triton.part(far, inputs, *call(far, inputs, first)) is None
     inputs = text(64)  # a chunk that nobody reads yet
-    found = linear_triton.part(far, inputs, *call(far, inputs, first))
+    assert linear_triton.part(far, inputs, *call(far, inputs, first)) is None
+    found = linear_triton.part(far, inputs, *call(far, inputs, first)[:3], 1)
     assert found is not None and not bool(found.usable.any())
     assert float(found.numerator.abs().max()) == 0
 
@@ -223,8 +224,8 @@ def test_what_depends_on_fitted_data_alone_is_made_once() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    inputs, far = text(100), MAPS["performer"]
-    blocks = torch.arange(2, device=DEVICE)
+    inputs, far = text(200), MAPS["performer"]
+    blocks = torch.arange(4, device=DEVICE)
     with pytest.raises(ValueError, match=r"computed in .* got torch.float64"):
         linear_triton.part(far, exactly(inputs), *call(far, inputs, blocks))
     mixed = dataclasses.replace(inputs, value=inputs.value.half())

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from tests.attention import chosen_pairs, moments, small
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnplan.kernels import catalog, prepared
 from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.block_pattern import BlockGrid, pooled_keys, pooled_queries
-from attnplan.kernels.engines import reference, select_triton
+from attnplan.kernels.engines import part_triton, reference, select_triton
+from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.layer import LayerKernel, can_prepare
 from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
@@ -17,6 +25,8 @@ from attnplan.kernels.near.off import Off
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.part import Part
+from attnplan.kernels.slot_chunks import ChunkCompressor
 from attnplan.kernels.token_selection import best
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,6 +39,11 @@ MIXED = (
     Approximation(Quest(2, 1)),
     Approximation(Window(64, 64)),
 )
+FAR = {
+    name: Approximation(Window(32), small(cls) if issubclass(cls, ChunkCompressor) else cls(64))
+    for name, cls in catalog.FAR.items()
+} | {"multipole": Approximation(Window(32), Multipole(64, 8, levels=2))}
+"""One pair for every compressor."""
 CALLS = [
     pytest.param(6, 3, 400, 400, (0,), id="gqa-ragged"),
     pytest.param(6, 6, 384, 384, (0, 128), id="padding-of-whole-blocks"),
@@ -43,22 +58,38 @@ CALLS = [
 def call(heads: int, kv_heads: int, queries: int, keys: int, start: tuple[int, ...]) -> Inputs:
     generator = torch.Generator().manual_seed(queries + keys)
     sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
-    tensors = (torch.randn(len(start), *size, 32, generator=generator).to(DEVICE) for size in sizes)
-    return Inputs.of_layer(*tensors, scale=32**-0.5, start=start)
+    tensors = [torch.randn(len(start), *size, 32, generator=generator) for size in sizes]
+    tensors[:2] = tensors[0] * 1.2 + 0.4, tensors[1] + 0.6
+    tensors = [t.to(DEVICE) for t in tensors]
+    fitted = fit(heads, kv_heads)
+    return Inputs.of_layer(*tensors, scale=32**-0.5, start=start, fitted=fitted)
+
+
+@cache
+def fit(heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """What the catalog fits to the queries and keys of `call`."""
+    generator = torch.Generator().manual_seed(heads)
+    query = torch.randn(1, heads, 300, 32, generator=generator) * 1.2 + 0.4
+    key = torch.randn(1, kv_heads, 300, 32, generator=generator) + 0.6
+    return {name: t.to(DEVICE) for name, t in catalog.fit(moments(query, key)).items()}
 
 
 def expected(assignment: tuple[Approximation, ...], inputs: Inputs) -> tuple[Tensor, Tensor]:
     """What the reference engine gives for the layer's tile lists."""
     blocks = torch.arange(inputs.blocks, device=DEVICE)
-    tiles, _ = LayerKernel(assignment).tiles(inputs, blocks)
-    return reference.attend(
+    kernel = LayerKernel(assignment, inputs.fitted)
+    tiles, slots = kernel.tiles(inputs, blocks)
+    output, log_mass = reference.attend(
         inputs.query,
         inputs.key,
         inputs.value,
         scale=inputs.scale,
         kv_head=inputs.kv_head,
         tiles=tiles,
+        slots=slots,
     )
+    part = kernel.part(inputs, blocks)
+    return (output, log_mass) if part is None else part.merge(output, log_mass)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "queries", "keys", "start"), CALLS)
@@ -99,11 +130,122 @@ def test_a_prepared_layer_serves_every_call_of_its_shape() -> None:
 
 def test_which_layers_can_be_prepared() -> None:
     shape = call(1, 1, 512, 512, (0,)).shape
-    far = next(a for a in catalog.choices(shape) if a.far is not None)
     other = next(a for a in catalog.choices(shape) if a.near.name == "vertical_slash")
     assert can_prepare(MIXED)
-    assert not can_prepare((*MIXED, far))
+    assert can_prepare((*MIXED, *FAR.values()))
     assert not can_prepare((*MIXED, other))
+    assert not can_prepare((*MIXED, chosen_pairs()[0]))  # it chooses which slots are read
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_far_fields_are_prepared_for(name: str) -> None:
+    near, wide = Approximation(Window(40)), Approximation(Window(100, 70), FAR[name].far)
+    check((FAR[name], near, wide), call(3, 1, 200, 300, (70, 0)))
+
+
+def check(assignment: tuple[Approximation, ...], inputs: Inputs) -> None:
+    output, log_mass = prepared.PreparedLayer(assignment, inputs)(inputs)
+    wanted, wanted_mass = expected(assignment, inputs)
+    torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(log_mass, wanted_mass, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "queries", "keys", "start"), CALLS)
+def test_mixed_far_fields_at_any_shape(
+    heads: int, kv_heads: int, queries: int, keys: int, start: tuple[int, ...]
+) -> None:
+    kinds = ("centroid_t", "multipole", "taylor", "performer")
+    assignment = (*(FAR[kind] for kind in kinds), catalog.DENSE, Approximation(BlockTopK(2, 1)))
+    check(assignment, call(heads, kv_heads, queries, keys, start))
+
+
+@pytest.mark.parametrize("name", ["mixed", *FAR])
+def test_a_prepared_layer_waits_for_nothing(name: str) -> None:
+    """It asks for no number of a tensor, and makes none of numbers: both would wait for a GPU."""
+    assignment = MIXED if name == "mixed" else (catalog.DENSE, FAR[name], FAR[name])
+    inputs = call(len(assignment), 3, 150, 300, (0,))
+    layer = prepared.PreparedLayer(assignment, inputs)
+    layer(inputs)  # what is made once may wait
+    with Waits() as seen:
+        layer(inputs)
+    assert seen.found == []
+
+
+def test_a_wait_is_seen() -> None:
+    inputs = call(6, 3, 400, 430, (0,))
+    layer = LayerKernel(MIXED)
+    with Waits() as seen:
+        layer.tiles(inputs, inputs.all_blocks)
+        inputs.query[:, [0, 2]]
+        inputs.query[inputs.query > 100]
+        torch.tensor([1])
+        inputs.scale * float(inputs.query.sum())
+        torch.linalg.cholesky(torch.eye(3))
+    assert {name.split()[0] for name in seen.found} >= {
+        "_local_scalar_dense",
+        "_linalg_check_errors",
+        "nonzero",
+        "lift_fresh",
+        "index",
+    }
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations that wait for a GPU, but for those of Triton's interpreter."""
+
+    ALWAYS = (
+        *("_local_scalar_dense", "nonzero", "lift_fresh", "equal", "masked_select"),
+        *("bincount", "linalg_cholesky", "_linalg_check_errors"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        waits = name in self.ALWAYS or "unique" in name
+        if name.startswith("index") and isinstance(args[1], list | tuple):
+            waits |= any(t is not None and t.dtype == torch.bool for t in args[1])
+        if waits:
+            stack = traceback.extract_stack()
+            if not any("triton" in Path(f.filename).parts for f in stack):
+                ours = [f for f in stack if {"kernels", "tests"} & set(Path(f.filename).parts)]
+                self.found.append(f"{name} {ours[-2].filename}:{ours[-2].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_parts_are_added_as_torch_adds_them(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    numerator, mass, shift = randn(2, 3, 128, 24), randn(2, 3, 128), 30 * randn(2, 3, 128)
+    mass[0, 1] = mass[0, 1].abs()
+    mass[1, 0, :40] = float("inf")
+    shift[1, 1, 3:9] = float("-inf")
+    numerator[1, 2, 7, 5] = float("nan")
+    part = Part(numerator, mass, shift, (4, 0, 3))
+    output = randn(2, 100, 5, 24).to(dtype).transpose(1, 2)
+    log_mass = 30 * randn(2, 5, 100)
+    log_mass[0, 0, :20] = float("-inf")
+    wanted, wanted_mass = part.merge(output.clone(), log_mass.clone())
+    part_triton.merge(part, output, log_mass)
+    limit = torch.finfo(dtype).eps
+    torch.testing.assert_close(output, wanted, atol=limit, rtol=limit)
+    torch.testing.assert_close(log_mass, wanted_mass, atol=1e-5, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"must be float32, got torch\.float64"):
+        part_triton.merge(Part(numerator.double(), mass, shift, (4, 0, 3)), output, log_mass)
+    with pytest.raises(ValueError, match="whole rows"):
+        part_triton.merge(part, output.mT.contiguous().mT, log_mass)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -97,7 +97,12 @@ class _Kind:
 
 
 def part(
-    far: FeatureMap, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int]
+    far: FeatureMap,
+    inputs: Inputs,
+    blocks: Tensor,
+    floor: Tensor,
+    sinks: Sequence[int],
+    chunks: int,
 ) -> Part | None:
     """`FeatureMap.part` of a map whose features are logarithmic.
 
@@ -106,10 +111,10 @@ def part(
 
     Args:
         far: the map.
-        inputs, blocks, floor, sinks: as in `FeatureMap.part`.
+        inputs, blocks, floor, sinks, chunks: as in `FeatureMap.part`.
 
     Returns:
-        None where the keys do not make up a chunk.
+        None where no query block reads a chunk.
 
     Raises:
         ValueError: a dtype that the kernels cannot do.
@@ -119,8 +124,7 @@ def part(
     )
     _check(query, key, value)
     batch, heads, queries, head_dim = query.shape
-    keys, value_dim = value.shape[2:]
-    chunks = (keys - min(inputs.start)) // far.chunk
+    value_dim = value.shape[3]
     if chunks < 1 or queries == 0 or len(blocks) == 0:
         return None
     exponents = exponents_of(far, inputs)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
+from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, TileList
 
 FIELDS = 8
 """Numbers of a row of work."""
@@ -121,16 +121,16 @@ def rows_of(tiles: TileList, keys: int, heads: int) -> Rows:
     """The rows of `heads` heads that all read what the one head of a tile list reads.
 
     Args:
-        tiles: one head, contiguous tiles alone, those of a row ascending.
+        tiles: one head, contiguous and slot tiles alone, those of a row ascending.
         keys: keys of the text.
         heads: how many heads.
     """
-    if tiles.heads != 1 or bool((tiles.tiles[:, 0] != CONTIGUOUS).any()):
-        raise ValueError("rows_of needs a list of one head and of contiguous tiles")
+    if tiles.heads != 1 or bool((tiles.tiles[:, 0] == GATHER).any()):
+        raise ValueError("rows_of needs a list of one head, without single keys")
     tiles = tiles.to(torch.device("cpu"))
     starts, order = _by_loop(tiles, keys)
     index, mask = tiles.tiles[order, 1], tiles.tiles[order, 2]
-    full, masked, end = (starts[n::4][: tiles.rows].long() for n in (0, 1, 4))
+    full, masked, slots, end = (starts[n::4][: tiles.rows].long() for n in (0, 1, 3, 4))
 
     # a run skips no key block: skips[t] counts the skips before tile t
     padded = torch.cat([index, index.new_zeros(1)])
@@ -147,7 +147,8 @@ def rows_of(tiles: TileList, keys: int, heads: int) -> Rows:
     begin = torch.where(is_run, first, before[full])
     until = torch.where(is_run, first + masked - full, before[masked])
     none = torch.zeros_like(begin)
-    columns = [none, begin, until, before[masked], before[end], before[end], before[end], none]
+    lists = [before[place] for place in (masked, slots, slots, end)]
+    columns = [none, begin, until, *lists, none]
     work = torch.stack(columns, dim=1).to(torch.int32).view(tiles.batch, 1, tiles.blocks, FIELDS)
     return Rows(
         work.expand(-1, heads, -1, -1),

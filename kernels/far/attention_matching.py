@@ -53,7 +53,7 @@ class AttentionMatching(ChunkCompressor):
             raise ValueError(f"queries must be between 1 and {DRAWS}, got {self.queries}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        reference = inputs.fitted_tensor("attention_matching.queries")[list(chunks.head)]
+        reference = inputs.fitted_heads("attention_matching.queries", chunks.head)
         reference = reference[:, None, : self.queries].to(chunks.key.dtype)
         kept = chunks.weight > 0
         logits = (reference @ chunks.key.mT) * chunks.scale  # [..., queries, chunk]
@@ -120,4 +120,7 @@ def _match_values(mixed: Tensor, share: Tensor, value: Tensor, best: Tensor) -> 
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=tiny)
     gram = gram + torch.diag_embed(ridge[..., None].expand(gram.shape[:-1]))
     missing = mixed.mT @ (share @ value - mixed @ own)
-    return own + torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
+    # waits for no answer: where rounding left nothing to factor, values stay those of the keys
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    more = torch.cholesky_solve(missing, factor)
+    return own + more.masked_fill((failed != 0)[..., None, None], 0.0)

@@ -49,7 +49,7 @@ class CentroidT(ChunkCompressor):
     chunk: int = 256
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        metric = inputs.fitted_tensor("centroid_t.metric")[list(chunks.head)].to(chunks.key.dtype)
+        metric = inputs.fitted_heads("centroid_t.metric", chunks.head).to(chunks.key.dtype)
         points = chunks.key @ metric[:, None]
         seed, _ = pick(chunks.weight, self.slots, 0.5)
         member = lloyd(points, chunks.weight.sqrt(), take(points, seed), STEPS)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.feature_map import FeatureMap, Logarithms, Side, orthogonal_rows
+from attnplan.kernels.indexing import alike
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class CSALR(FeatureMap):
 
     def drawn(self, inputs: Inputs) -> Tensor:
         """The landmarks as rows y, [heads, landmarks, head_dim]."""
-        spread = inputs.fitted_tensor("balanced.spread")[list(inputs.head)]
-        vectors = orthogonal_rows(self.landmarks, spread.shape[-1], 0).to(spread)
+        spread = inputs.fitted_heads("balanced.spread", inputs.head)
+        vectors = alike(orthogonal_rows(self.landmarks, spread.shape[-1], 0), spread)
         return vectors * spread[:, None] * inputs.scale**0.5
 
     def count(self, head_dim: int) -> int:

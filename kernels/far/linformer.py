@@ -49,8 +49,9 @@ class Linformer(ChunkCompressor):
             raise ValueError(f"slots must be one of {known}, as is fitted, got {self.slots}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        fitted = inputs.fitted_tensor(f"linformer.projections_{self.slots}")
-        mean, share = fitted[list(inputs.kv_head), None].to(chunks.key.dtype).unbind(2)
+        name = f"linformer.projections_{self.slots}"
+        fitted = inputs.fitted_heads(name, inputs.kv_head)[:, None]
+        mean, share = fitted.to(chunks.key.dtype).unbind(2)
         mean, share = (t * chunks.weight[..., None, :] for t in (mean, share))
         mass = share.sum(-1)
         mean = torch.where(mean.sum(-1, keepdim=True) > 0, mean, share)  # a mean of sinks alone

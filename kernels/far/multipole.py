@@ -34,7 +34,7 @@ from attnplan.kernels.slot_chunks import (
     take,
     whole_tiles,
 )
-from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.tile_list import BLOCK, TileList
 
 STEPS = 4
 GROUP = 4
@@ -72,26 +72,28 @@ class Multipole(ChunkCompressor):
     def separable(self) -> bool:
         return self.levels == 1
 
-    def far(
-        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
-    ) -> tuple[Slots | None, TileList]:
-        slots, tiles = super().far(inputs, floor, sinks, kept)
-        chunks = self.chunks_before(inputs, floor)
-        groups = self._groups(chunks)
-        most = int(groups.max())
+    def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
+        slots, most = super().compress(inputs, chunks, sinks), self._groups(chunks)
         if slots is None or not most:
-            return slots, tiles
-        count = GROUP * self.slots
-        coarse = coarser(slots, most, count, self.slots)
-        first = slots.key.shape[2] + torch.zeros_like(groups)
-        fine = slot_tiles(groups * count, chunks * self.slots)
-        tiles = tile_list.concat([fine, slot_tiles(first, first + groups * self.slots)])
+            return slots
+        coarse = coarser(slots, most, GROUP * self.slots, self.slots)
         names = ("key", "log_weight", "weight", "value")
         both = {n: torch.cat([getattr(slots, n), getattr(coarse, n)], 2) for n in names}
-        return replace(slots, **both), tiles
+        return replace(slots, **both)
+
+    def far_tiles(self, inputs: Inputs, floor: Tensor, kept: Tensor | None = None) -> TileList:
+        chunks = self.chunks_before(inputs, floor)
+        most = int(chunks.max())
+        if not self._groups(most):
+            return super().far_tiles(inputs, floor, kept)
+        groups = self._groups_of(chunks)
+        fine = slot_tiles(groups * GROUP * self.slots, chunks * self.slots)
+        # slots of groups come after those of chunks, which fill whole tiles
+        first = torch.full_like(groups, -(-most * self.slots // BLOCK) * BLOCK)
+        return tile_list.concat([fine, slot_tiles(first, first + groups * self.slots)])
 
     def read(self, chunks: Tensor) -> Tensor:
-        return (chunks - (GROUP - 1) * self._groups(chunks)) * self.slots
+        return (chunks - (GROUP - 1) * self._groups_of(chunks)) * self.slots
 
     def build_macs(self, head_dim: int) -> float:
         return float(self.chunk * head_dim * self.slots * (2 * STEPS + 2))
@@ -99,12 +101,16 @@ class Multipole(ChunkCompressor):
     def cost(
         self, shape: AttentionShape, window: int, sinks: int, kept: Kept | None = None
     ) -> Cost:
-        groups = self._groups(self.visible(shape, window, sinks)[0])
+        groups = self._groups_of(self.visible(shape, window, sinks)[0])
         one = GROUP * self.slots * shape.head_dim * self.slots * (2 * STEPS + 3)
         return super().cost(shape, window, sinks, kept) + Cost(0.0, float(groups.max() * one))
 
-    def _groups(self, chunks: Tensor) -> Tensor:
+    def _groups(self, chunks: int) -> int:
         """How many groups are read at the second level where `chunks` chunks are read in all."""
+        return max(chunks // GROUP - 1, 0) * (self.levels - 1)
+
+    def _groups_of(self, chunks: Tensor) -> Tensor:
+        """`_groups`, number by number."""
         return (chunks // GROUP - 1).clamp(min=0) * (self.levels - 1)
 
 

@@ -44,14 +44,17 @@ class Nystrom(ChunkCompressor):
             raise ValueError(f"ridge is 10^-ridge, 0 to 12, got {self.ridge}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        run = torch.arange(self.chunk, device=chunks.key.device) * self.slots // self.chunk
-        member = torch.nn.functional.one_hot(run, self.slots).to(chunks.key.dtype)
+        place = torch.arange(self.chunk, device=chunks.key.device)
+        run = place[: self.slots]
+        member = (place[:, None] * self.slots // self.chunk == run).to(chunks.key.dtype)
         landmarks = (member / member.sum(0)).mT @ chunks.key
         x, at = points(chunks.key, chunks, inputs), points(landmarks, chunks, inputs)
         corner = gaussian(at, at)
         eye = torch.eye(self.slots, dtype=corner.dtype, device=corner.device)
         ridge = max(10.0**-self.ridge, 8 * torch.finfo(corner.dtype).eps)
-        factor = torch.linalg.cholesky(corner + ridge * eye)
+        # waits for no answer: where rounding left nothing to factor, a chunk has no slots
+        factor, failed = torch.linalg.cholesky_ex(corner + ridge * eye)
+        factor = factor.masked_fill((failed != 0)[..., None, None], float("nan"))
         return lifted(chunks, x, landmarks, at, torch.cholesky_solve(gaussian(at, x), factor))
 
     def build_macs(self, head_dim: int) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.feature_map import FeatureMap, Logarithms, Side, orthogonal_rows
+from attnplan.kernels.indexing import alike
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Performer(FeatureMap):
             raise ValueError(f"features must be at least 1, got {self.features}")
 
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
-        vectors = orthogonal_rows(self.features, rows.shape[-1], self.seed).to(rows)
+        vectors = alike(orthogonal_rows(self.features, rows.shape[-1], self.seed), rows)
         half = rows.square().sum(-1, keepdim=True) / 2
         return rows @ vectors.mT - (half + math.log(self.features) / 2)
 

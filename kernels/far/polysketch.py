@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.feature_map import FeatureMap, Side, products, random_signs, with_constant
+from attnplan.kernels.indexing import alike
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PolySketch(FeatureMap):
         columns = low.shape[-1]
         if self.sketch >= columns * (columns + 1) // 2:
             return products(products(low))
-        first, second = random_signs(2, columns, self.sketch, 0).to(low)
+        first, second = alike(random_signs(2, columns, self.sketch, 0), low)
         return products((low @ first) * (low @ second) * self.sketch**-0.5)
 
     def count(self, head_dim: int) -> int:

@@ -68,8 +68,8 @@ class Skyformer(ChunkCompressor):
         count = self.slots - draws
         where = (torch.arange(count, device=chunks.key.device) * 2 + 1) * self.chunk // (2 * count)
         keys = chunks.key[..., where, :]
-        drawn = inputs.fitted_tensor("skyformer.draws")[list(chunks.head), :draws]
-        mean = inputs.fitted_tensor("balanced.key_mean")[list(chunks.head), None]
+        drawn = inputs.fitted_heads("skyformer.draws", chunks.head)[:, :draws]
+        mean = inputs.fitted_heads("balanced.key_mean", chunks.head)[:, None]
         drawn = (mean + drawn).to(keys.dtype)
         return torch.cat([keys, drawn[:, None].expand(*keys.shape[:3], -1, -1)], -2)
 

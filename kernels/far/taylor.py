@@ -42,7 +42,7 @@ class Taylor(FeatureMap):
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
         # 1 + s + s^2/2 = 1/2 + (1 + s)^2/2
         features = products(with_constant(rows[..., : self.rank]) * 2**-0.25)
-        features[..., 0] = 1
+        features.select(-1, 0).fill_(1)
         return features
 
     def count(self, head_dim: int) -> int:

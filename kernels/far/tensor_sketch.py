@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.feature_map import FeatureMap, Side, random_signs, with_constant
+from attnplan.kernels.indexing import alike
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class TensorSketch(FeatureMap):
             raise ValueError(f"degree must be 1 to 4, got {self.degree}")
 
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
-        maps = sketch_maps(self.degree, rows.shape[-1] + 1, self.features, self.seed).to(rows)
+        maps = sketch_maps(self.degree, rows.shape[-1] + 1, self.features, self.seed)
+        maps = alike(maps, rows)
         signed = with_constant(rows * self.degree**-0.5)
         parts = [(signed @ m).unflatten(-1, (2, -1)).unbind(-2) for m in maps]
         real, imaginary = parts[0]

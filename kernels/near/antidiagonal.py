@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks
+from attnplan.kernels.indexing import heads_of, numbers_on
 from attnplan.kernels.tile_list import BLOCK
 
 SCORES = 1 << 22
@@ -44,7 +45,7 @@ class Antidiagonal(ScoredBlocks):
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         wide = torch.promote_types(inputs.query.dtype, torch.float32)
         keys, groups = inputs.key.shape[2], BLOCK // self.stride
-        start = torch.tensor(inputs.start, device=blocks.device)
+        start = numbers_on(inputs.start, blocks.device)
         real = torch.arange(keys, device=blocks.device) >= start[:, None]
         key = inputs.key.to(wide) * real[:, None, :, None]
         key = torch.nn.functional.pad(key, (0, 0, 0, -keys % BLOCK))
@@ -56,7 +57,7 @@ class Antidiagonal(ScoredBlocks):
         for first in range(0, len(blocks), at_once):
             part = slice(first, first + at_once)
             rows = query[:, :, first * groups : (first + at_once) * groups]
-            logits = rows @ key[:, list(inputs.kv_head)].mT * (inputs.scale / self.stride)
+            logits = rows @ heads_of(key, inputs.kv_head).mT * (inputs.scale / self.stride)
             allowed = candidates[:, part].repeat_interleave(groups, 1)
             allowed = allowed.repeat_interleave(groups, 2)[:, None]
             mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).nan_to_num()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.pattern import relative_positions, window_pairs
 from attnplan.kernels.tile_list import TileList
@@ -115,9 +116,9 @@ def _tokens(selectors: Sequence[Loki], inputs: Inputs, blocks: Tensor) -> Tensor
     query_map, key_map = widest.maps(inputs)
     position = inputs.positions(blocks).flatten()  # -1 past the last query
     device = position.device
-    start = torch.tensor(inputs.start, device=device)[:, None, None]
-    sinks = torch.tensor([s.sinks for s in selectors], device=device)[:, None]
-    window = torch.tensor([s.window for s in selectors], device=device)[:, None]
+    start = numbers_on(inputs.start, device)[:, None, None]
+    sinks = numbers_on(tuple(s.sinks for s in selectors), device)[:, None]
+    window = numbers_on(tuple(s.window for s in selectors), device)[:, None]
     high = torch.where(position >= 0, position - window + 1, -1)
     low = (start + sinks).expand(len(inputs.start), -1, len(position))
     return top_tokens(

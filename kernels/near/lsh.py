@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnplan.kernels import balance, tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.pattern import relative_positions, window_pairs
 from attnplan.kernels.tile_list import TileList
@@ -116,7 +117,7 @@ class LSH(Selector):
         spelled = key * keys + torch.arange(keys, device=device)
         order = spelled.sort(-1).values
         position = inputs.positions(blocks).flatten()
-        start = torch.tensor(inputs.start, device=device)[:, None, None, None]
+        start = numbers_on(inputs.start, device)[:, None, None, None]
         low = (start + self.sinks).expand_as(query)
         high = torch.where(position >= 0, position - self.window + 1, -1).expand_as(query)
         high = torch.maximum(high, low)

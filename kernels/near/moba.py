@@ -22,6 +22,7 @@ from torch import Tensor
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.block_pattern import pooled_keys
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.pattern import causal, relative_positions
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import top_tokens
@@ -76,7 +77,7 @@ class MoBA(Selector):
         means = pooled_keys(inputs)[:, list(inputs.kv_head)]
         scores = inputs.query.to(wide) @ means.mT
         i, j = (x.flatten(1) for x in relative_positions(inputs))
-        start = torch.tensor(inputs.start, device=i.device)[:, None]
+        start = numbers_on(inputs.start, i.device)[:, None]
         own = (i + start) // BLOCK  # [batch, queries]
         block = torch.arange(means.shape[2], device=i.device)
         earlier = (block >= start[:, :, None] // BLOCK) & (block < own[:, :, None])
@@ -100,7 +101,7 @@ class MoBA(Selector):
     def _chosen(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         """The chosen key blocks of every row, int32 [batch, heads, 64 * len(blocks), top]."""
         own = inputs.positions(blocks).flatten() // BLOCK
-        first = torch.tensor(inputs.start, device=own.device)[:, None] // BLOCK
+        first = numbers_on(inputs.start, own.device)[:, None] // BLOCK
         return top_tokens(
             inputs.rows(blocks),
             pooled_keys(inputs),
@@ -153,7 +154,7 @@ class MoBA(Selector):
     def _words(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Bits of the real keys and of the sinks of every key block, int64 [batch, key blocks]."""
         device = inputs.key.device
-        start = torch.tensor(inputs.start, device=device)[:, None]
+        start = numbers_on(inputs.start, device)[:, None]
         position = torch.arange(-(-inputs.key.shape[2] // BLOCK) * BLOCK, device=device)
         real = position >= start
         sinks = real & (position < start + self.sinks)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.block_pattern import ScoredBlocks, pooled_queries
+from attnplan.kernels.indexing import heads_of, numbers_on
 from attnplan.kernels.tile_list import BLOCK
 
 
@@ -32,7 +33,7 @@ class Quest(ScoredBlocks):
     settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ((4, 2),)
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
-        low, high = (bound[:, list(inputs.kv_head)].mT for bound in _bounds(inputs))
+        low, high = (heads_of(bound, inputs.kv_head).mT for bound in _bounds(inputs))
         query = pooled_queries(inputs, blocks)
         return query.clamp(min=0) @ high + query.clamp(max=0) @ low
 
@@ -48,7 +49,7 @@ def _bounds(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """
     keys = inputs.key.shape[2]
     wide = torch.promote_types(inputs.key.dtype, torch.float32)
-    start = torch.tensor(inputs.start, device=inputs.key.device)[:, None]
+    start = numbers_on(inputs.start, inputs.key.device)[:, None]
     real = (torch.arange(keys, device=start.device) >= start)[:, None, :, None]
     bounds = []
     for fill, largest in ((float("inf"), False), (float("-inf"), True)):

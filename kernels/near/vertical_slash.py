@@ -23,6 +23,7 @@ from torch import Tensor
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.block_pattern import BlockGrid, block_tiles
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK, FULL, GATHER, TileList
 
@@ -88,7 +89,7 @@ class VerticalSlash(Selector):
         [batch, heads, blocks, columns], -1 for none; a key is in only one of them."""
         segment = blocks * BLOCK // self.segment
         # padded sequences begin later: they are dense up to the segment of their first token
-        begun = torch.tensor(inputs.start, device=blocks.device)[:, None] - inputs.offset
+        begun = numbers_on(inputs.start, blocks.device)[:, None] - inputs.offset
         dense = (segment <= begun.clamp(min=0) // self.segment)[:, None, :, None]
         chosen = (dense & (grid.key_block <= grid.last) & (grid.key_block >= grid.sink)) | (
             grid.always(self.local)
@@ -117,7 +118,7 @@ class VerticalSlash(Selector):
         key = inputs.key[:, list(inputs.kv_head), :seen].to(wide)
         i = torch.arange(seen - BLOCK, seen, device=key.device)[:, None]
         j = torch.arange(seen, device=key.device)
-        start = torch.tensor(inputs.start, device=key.device)[:, None, None, None]
+        start = numbers_on(inputs.start, key.device)[:, None, None, None]
         logits = probe @ key.mT * inputs.scale
         logits = logits.masked_fill(~((j <= i) & (j >= start)), float("-inf"))
         mass = torch.softmax(logits, -1).nan_to_num().sum(2)  # [batch, heads, seen]
