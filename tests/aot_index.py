@@ -3,7 +3,8 @@
     python tests/aot_index.py 90:bf16:64:chunks:128 80:fp32:64:nearest:16
 
 names architecture, dtype, head_dim, kernel (of a map with squares `squares`, `chunks`,
-`prefix` and `read`; `nearest`, `hash`) and how many features, centres or columns of a round it has.
+`prefix` and `read`; `nearest`, `hash`; `merge`) and how many features, centres or columns of a
+round it has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import aot
 
-from attnplan.kernels.engines import index_triton, linear_triton
+from attnplan.kernels.engines import index_triton, linear_triton, part_triton
 
 CHUNK = 256
 NUMBERS = {
@@ -37,8 +38,10 @@ NUMBERS = {
     "count",
     "clusters",
     "columns",
+    "part_length",
 }
 INTEGERS = {"start": "*i32", "x_head": "*i32", "kv_head": "*i32", "sinks": "*i32", "out": "*i64"}
+INTEGERS |= {"names": "*i32"}
 INTEGERS |= {"block": "*i64", "floor": "*i64"}
 FLOATS = {"terms", "affine", "mean", "means", "log_mass", "state_log_mass"}
 FLOATS |= {"numerators", "masses", "shifts"}
@@ -50,6 +53,8 @@ def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, An
     if name == "nearest":
         made = index_triton.nearest_constants(head_dim, count, number)
         return index_triton._nearest_centres, *made
+    if name == "merge":
+        return part_triton._merge_part, *part_triton.merge_constants(head_dim)
     if name == "hash":
         made = index_triton.hash_constants(head_dim, count, number)
         return index_triton._hash_codes, *made
@@ -68,7 +73,7 @@ def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[
     function, constants, options = kernel_of(dtype, head_dim, name, count)
     signature, attributes = {}, {}
     for position, argument in enumerate(function.arg_names):
-        is_stride = re.fullmatch(r"(query|key|value)_(batch|head|row)|\w+_stride", argument)
+        is_stride = re.fullmatch(r"(query|key|value|output)_(batch|head|row)|\w+_stride", argument)
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument in NUMBERS or is_stride:
@@ -92,6 +97,7 @@ def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[
         "shared_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "vector_copies": len(re.findall(r"cp\.async\S* .*, 0x10", kernel.asm["ptx"])),
+        "wide_loads": len(re.findall(r"\bLDG\S*\.128\b", assembly)),
         **found,
     }
 

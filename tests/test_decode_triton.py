@@ -88,6 +88,54 @@ def test_halves_round_only_inputs_and_outputs(dtype: torch.dtype) -> None:
     check(query, stored, dtype, 12)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["exact", "biased"])
+def test_a_table_serves_while_rows_are_added(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer: another table is made where rows are condensed, or lie elsewhere."""
+    made = []
+    table = decode_triton._table
+    monkeypatch.setattr(
+        decode_triton, "_table", lambda *given: made.append(len(made)) or table(*given)
+    )
+    decode_triton._layouts.clear()
+    query, whole = layer([((0, 2), 700), ((1,), 400)], group=2, queries=1, padded=padded)
+    whole = [moved(cast(rows, torch.float32)) for rows in whole]
+    query = query.float()
+
+    def step(lengths: tuple[int, ...], stored: list[StoredRows] = whole) -> int:
+        """Tables that are made for a token."""
+        before = len(made)
+        stored = [
+            dataclasses.replace(rows, length=n) for rows, n in zip(stored, lengths, strict=True)
+        ]
+        exact = decode_reference.decode(
+            query.double(), [cast(moved_back(rows), torch.float64) for rows in stored], scale=0.2
+        )
+        tensors = [getattr(rows, name) for rows in stored for name in TENSORS]
+        with reachable([t for t in tensors if t is not None]):
+            found = decode_triton._decode(query.to(DEVICE), stored, 0.2, 12)
+        torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=0, atol=2e-6)
+        torch.testing.assert_close(found[1].cpu().double(), exact[1], rtol=0, atol=2e-5)
+        return len(made) - before
+
+    assert step((600, 300)) == 1
+    for more in (0, 1, 7, decode_triton.GROWTH - 1):
+        assert step((600 + more, 300 + more)) == 0
+    assert step((600 + decode_triton.GROWTH, 300 + decode_triton.GROWTH)) == 1
+    assert step((600, 300)) == 1, "rows were taken back"
+    assert step((601, 300)) == 1, "one kv head alone has grown"
+    assert step((601, 300)) == 0
+    elsewhere = [dataclasses.replace(rows, key=rows.key.clone()) for rows in whole]
+    assert step((601, 300), elsewhere) == 1
+    assert step((602, 301)) == 0
+    with pytest.raises(ValueError, match="rows are in use of"):
+        step((708, 407))
+
+
+def moved_back(rows: StoredRows) -> StoredRows:
+    tensors = {name: getattr(rows, name) for name in TENSORS}
+    return dataclasses.replace(rows, **{n: t if t is None else t.cpu() for n, t in tensors.items()})
+
+
 def test_a_query_that_sees_nothing_gets_nothing() -> None:
     query, (rows,) = layer([((0,), 40)], group=2, queries=1, batch=1, padded=True)
     assert rows.bias is not None

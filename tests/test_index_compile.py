@@ -11,6 +11,7 @@ KERNELS = {
         "80:bf16:128:read:128",
         "80:fp32:64:squares:128",
         "80:fp32:64:nearest:64",
+        "80:bf16:128:merge:0",
     ],
     90: [
         "90:bf16:64:squares:128",
@@ -23,6 +24,8 @@ KERNELS = {
         "90:fp32:64:nearest:16",
         "90:fp32:64:hash:64",
         "90:bf16:64:nearest:64",
+        "90:bf16:64:merge:0",
+        "90:fp16:256:merge:0",
     ],
     100: ["100:bf16:64:chunks:128", "100:bf16:64:read:128", "100:fp32:128:nearest:64"],
 }
@@ -43,5 +46,7 @@ def test_compiled_code_uses_the_hardware(reports: dict[str, dict[str, int]], nam
     assert programs * report["warps"] >= 8, "warps hide each other's latency"
     if kernel == "prefix":
         assert report["vector_copies"] > 0, "states are copied ahead, 16 bytes at a time"
+    elif kernel == "merge":
+        assert report["wide_loads"] > 0, "rows are read 16 bytes at a time"
     elif dtype != "fp32":
         assert report[PRODUCTS[arch]] > 0

@@ -6,24 +6,32 @@ reads one run for all query heads of the group, which are the rows of its tile, 
 Flash-Decoding, Dao et al., https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
 
 Kv heads may differ in length and lie in tensors of their own: programs look their addresses up in
-a table. Logits are kept in units of log 2, as in `engines.triton`.
+a table, which is used again while rows are only added. Logits are kept in units of log 2, as in
+`engines.triton`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.triton import DTYPES, LN2, LOG2E, _add, _softmax
 from attnplan.kernels.stored import PAGE, StoredRows, check
 
 RUN = 256
 """Fewest rows of a kv head that are worth a program of their own."""
+GROWTH = 64
+"""Rows that a table is used longer for."""
+LAYOUTS = 4096
+"""Tables that are kept, of a few hundred bytes."""
 PROGRAMS = 2
 """Of each multiprocessor, to hide each other's latency."""
 MULTIPROCESSORS = 132
@@ -51,59 +59,149 @@ def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tupl
     Raises:
         ValueError: heads, dtypes, lengths, value dims or devices do not fit together.
     """
-    multiprocessors = MULTIPROCESSORS
-    if query.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    return _decode(query, stored, scale, PROGRAMS * multiprocessors)
+    return _decode(query, stored, scale, PROGRAMS * _multiprocessors(query.device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a layer is read, for as long as its rows lie where they lie and are as many.
+
+    Attributes:
+        cells: the table, int64 on the device.
+        lengths: rows of every entry of the layer when the table was made; programs that read the
+            last run of a kv head also read what all have grown by.
+        runs: of the layer.
+        group: heads of a kv head.
+        attend, merge: constants and options of the two kernels.
+        key: names all that the kernels are compiled for.
+    """
+
+    cells: Tensor
+    lengths: tuple[int, ...]
+    runs: int
+    group: int
+    attend: tuple[dict[str, int | bool], dict[str, int | bool]]
+    merge: tuple[dict[str, int], dict[str, int | bool]] | None
+    key: Hashable
+
+    def grown(self, stored: Sequence[StoredRows]) -> int | None:
+        """Rows that every kv head has more than the table says; None if it serves no longer."""
+        more = stored[0].length - self.lengths[0]
+        for rows, length in zip(stored, self.lengths, strict=True):
+            if rows.length - length != more or rows.length > rows.key.shape[2]:
+                return None
+        return more if 0 <= more < GROWTH else None
+
+
+_layouts: OrderedDict[Hashable, _Layout] = OrderedDict()
 
 
 def _decode(
     query: Tensor, stored: Sequence[StoredRows], scale: float, programs: int
 ) -> tuple[Tensor, Tensor]:
     """`decode` by about `programs` programs."""
-    group = check(query, stored)
-    _check(query, stored)
-    batch, heads, queries, head_dim = query.shape
-    value_dim = stored[0].value.shape[3]
+    spelled = _spelled(query, stored, programs)
+    layout = _layouts.get(spelled)
+    grown = None if layout is None else layout.grown(stored)
+    batch, heads, queries, _ = query.shape
+    value_dim = stored[0].value.shape[3] if stored else 0
+    if layout is None or grown is None:
+        group = check(query, stored)
+        _check(query, stored)
+        readable = [_readable(rows) for rows in stored]  # copies must outlive the launch
+        layout, grown = _layout(query, readable, group, programs), 0
+        if all(a is b for a, b in zip(readable, stored, strict=True)):
+            _layouts[spelled] = layout
+            while len(_layouts) > LAYOUTS:
+                _layouts.popitem(last=False)
     output = query.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
     log_mass = query.new_empty(batch, heads, queries, dtype=torch.float32)
     if log_mass.numel() == 0:
         return output, log_mass
     query = query if query.stride(3) == 1 else query.contiguous()
-    stored = [_readable(rows) for rows in stored]  # copies must outlive the launch
+    numerator, sums = output, log_mass
+    if layout.merge is not None:
+        size = (batch, layout.runs, layout.group * queries)
+        numerator = query.new_empty(*size, value_dim, dtype=torch.float32)
+        sums = query.new_empty(*size, 2, dtype=torch.float32)
+    made, options = layout.attend
+    strides = query.stride()[:3]
+    key = (layout.key, query.device) if are_aligned((query,), strides) else None
+    parts = -(-layout.group * queries // made["ROWS"])
+    with torch.cuda.device_of(query):
+        _start(
+            (parts, layout.runs, batch),
+            (
+                *(query, numerator, sums, layout.cells),
+                *(scale * LOG2E.value, queries, grown, *strides),
+            ),
+            made,
+            options,
+            key,
+        )
+        if layout.merge is not None:
+            made, options = layout.merge
+            arguments = (numerator, sums, output, log_mass, layout.cells, layout.runs, queries)
+            _start_merge((heads * queries, batch), arguments, made, options, key)
+    return output, log_mass
+
+
+def _spelled(query: Tensor, stored: Sequence[StoredRows], programs: int) -> Hashable:
+    """All that a table says but lengths, and all that is checked."""
+    tensors = (
+        (rows.kv_heads, *(_place(t) for t in (rows.key, rows.value, rows.bias, rows.pages)))
+        for rows in stored
+    )
+    return query.shape, query.dtype, query.device, programs, *tensors
+
+
+def _place(tensor: Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _layout(query: Tensor, stored: Sequence[StoredRows], group: int, programs: int) -> _Layout:
+    batch, _, queries, head_dim = query.shape
+    value_dim = stored[0].value.shape[3]
     rows = rows_of_program(group * queries, query.dtype)
     parts = -(-group * queries // rows)
     block = block_of(max(head_dim, value_dim), rows=rows)
-    table = _table(stored, block, programs // (batch * parts))
+    table = _table(stored, block, programs // max(batch * parts, 1))
     runs = table[-1][0] + table[-1][1]
     has = {
         "bias": any(rows.bias is not None for rows in stored),
         "pages": any(rows.pages is not None for rows in stored),
-        "runs": runs > heads // group,
+        "runs": runs > len(table),
     }
+    aligned = _is_aligned(table)
     cells = torch.tensor(table, dtype=torch.int64, pin_memory=query.is_cuda)
-    cells = cells.to(query.device, non_blocking=True)
-    if has["runs"]:
-        size = (batch, runs, group * queries)
-        numerator = query.new_empty(*size, value_dim, dtype=torch.float32)
-        sums = query.new_empty(*size, 2, dtype=torch.float32)
-    else:
-        numerator, sums = output, log_mass
-    with torch.cuda.device_of(query):
-        _attend[(parts, runs, batch)](
-            query, numerator, sums, cells,
-            scale * LOG2E.value, queries, *query.stride()[:3],
-            **constants(head_dim, value_dim, rows=rows, group=group, kv_heads=len(table),
-                        aligned=_is_aligned(table), **has),
-            **launch_options(max(head_dim, value_dim), query.dtype, rows=rows),
-        )  # fmt: skip
-        if has["runs"]:
-            _merge[(heads * queries, batch)](
-                numerator, sums, output, log_mass, cells, runs, queries,
-                **merge_constants(value_dim, group=group),
-                num_warps=4,
-            )  # fmt: skip
-    return output, log_mass
+    return _Layout(
+        cells.to(query.device, non_blocking=True),
+        tuple(rows.length for rows in stored),
+        runs,
+        group,
+        (
+            constants(
+                *(head_dim, value_dim),
+                rows=rows,
+                group=group,
+                kv_heads=len(table),
+                aligned=aligned,
+                **has,
+            ),
+            launch_options(max(head_dim, value_dim), query.dtype, rows=rows),
+        ),
+        merge_constants(value_dim, group=group) if has["runs"] else None,
+        (head_dim, value_dim, rows, group, len(table), aligned, tuple(has.values()), query.dtype),
+    )
 
 
 def constants(
@@ -136,10 +234,11 @@ def constants(
     }
 
 
-def merge_constants(value_dim: int, *, group: int) -> dict[str, int]:
-    """What the kernel that merges runs is compiled for."""
+def merge_constants(value_dim: int, *, group: int) -> tuple[dict[str, int], dict[str, int | bool]]:
+    """What the kernel that merges runs is compiled for, and its options."""
     block = max(16, triton.next_power_of_2(value_dim))
-    return {"GROUP": group, "VALUE_DIM": value_dim, "BLOCK_V": block, "BLOCK": 4096 // block}
+    made = {"GROUP": group, "VALUE_DIM": value_dim, "BLOCK_V": block, "BLOCK": 4096 // block}
+    return made, {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def rows_of_program(rows: int, dtype: torch.dtype) -> int:
@@ -204,7 +303,10 @@ def _is_aligned(table: list[list[int]]) -> bool:
 
 
 def _readable(rows: StoredRows) -> StoredRows:
-    """With whole vectors where the kernel expects them."""
+    """With whole vectors where the kernel expects them: a copy where they are not."""
+    last = ((rows.key, 3), (rows.value, 3), (rows.bias, 2), (rows.pages, 2))
+    if all(t is None or t.stride(dim) == 1 for t, dim in last):
+        return rows
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (rows.key, rows.value))
     bias, pages = (
         t if t is None or t.stride(2) == 1 else t.contiguous() for t in (rows.bias, rows.pages)
@@ -228,10 +330,10 @@ def _check(query: Tensor, stored: Sequence[StoredRows]) -> None:
                 raise ValueError(f"stored rows are on {tensor.device}, the query on {query.device}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "grown"))
 def _attend(
     query, output, log_mass, table,
-    scale_log2, queries, query_batch, query_head, query_row,
+    scale_log2, queries, grown, query_batch, query_head, query_row,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -245,8 +347,12 @@ def _attend(
     kv_head = tl.sum((first_run <= run).to(tl.int32)) - 1
     table += COLUMNS * kv_head
     size = tl.load(table + 2).to(tl.int32)
-    length = tl.load(table + 3).to(tl.int32)
-    start = (run - tl.load(table).to(tl.int32)) * size
+    length = tl.load(table + 3).to(tl.int32) + grown
+    piece = run - tl.load(table).to(tl.int32)
+    start = piece * size
+    end = length
+    if piece < tl.load(table + 1).to(tl.int32) - 1:
+        end = start + size
     key, key_row = _matrix(table + 4, query.dtype, batch, IS_ALIGNED)
     value, value_row = _matrix(table + 7, query.dtype, batch, IS_ALIGNED)
     if HAS_BIAS:
@@ -276,9 +382,9 @@ def _attend(
     shift = tl.full([ROWS], LOW, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     numerator = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for block in tl.range(start, tl.minimum(start + size, length), BLOCK):
+    for block in tl.range(start, end, BLOCK):
         j = block + c
-        is_row = j < length
+        is_row = j < end
         place = j
         if HAS_PAGES:
             page = tl.load(pages + j // ROWS_OF_PAGE, mask=j < paged, other=0)
@@ -313,7 +419,7 @@ def _attend(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("runs", "queries"))
 def _merge(
     numerators, sums, output, log_mass, table, runs, queries,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
@@ -356,6 +462,10 @@ def _merge(
         result.to(output.dtype.element_ty),
         mask=e < VALUE_DIM,
     )
+
+
+_start = Launcher(_attend)
+_start_merge = Launcher(_merge)
 
 
 @triton.jit

@@ -51,27 +51,27 @@ def merge(part: Part, output: Tensor, log_mass: Tensor) -> None:
         )
 
 
-def merge_constants(value_dim: int) -> tuple[dict[str, int], dict[str, int]]:
+def merge_constants(value_dim: int) -> tuple[dict[str, int], dict[str, int | bool]]:
     """What the kernel is compiled for beside dtypes, and its options."""
     block = max(16, triton.next_power_of_2(value_dim))
     made = {"VALUE_DIM": value_dim, "BLOCK_V": block, "ROWS": max(4, 4096 // block)}
-    return made, {"num_warps": 4}
+    return made, {"num_warps": 4, "enable_fp_fusion": True}
 
 
-@triton.jit(do_not_specialize=("heads", "rows", "part_rows"))
+@triton.jit(do_not_specialize=("heads", "length", "part_length"))
 def _merge_part(
     numerators, masses, shifts, names, output, log_mass, output_batch, output_head, output_row,
-    heads, rows, part_rows,
+    heads, length, part_length,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = tl.load(names + tl.program_id(1)).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     e = tl.arange(0, BLOCK_V)  # [BLOCK_V]
-    is_row = r < rows
+    is_row = r < length
     cell = is_row[:, None] & (e < VALUE_DIM)[None, :]
-    at = (batch * tl.num_programs(1) + tl.program_id(1)) * part_rows + r
-    near_at = (batch * heads + head) * rows + r
+    at = (batch * tl.num_programs(1) + tl.program_id(1)) * part_length + r
+    near_at = (batch * heads + head) * length + r
     place = output + batch * output_batch + head * output_head
     place += r.to(tl.int64)[:, None] * output_row + e[None, :]
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.tile_list import BLOCK
 
+MEANS = {"num_warps": 4, "enable_fp_fusion": True}
+"""Options of the kernel that takes means."""
 LEAST = tl.constexpr(-(2**31) + 1)
 
 
@@ -52,7 +54,7 @@ def block_means(rows: Tensor, head: Tensor, start: Tensor, offset: int) -> Tenso
         key = (head_dim, rows.dtype, rows.device) if known else None
         arguments = (rows, head, start, out, *strides, length, offset)
         with torch.cuda.device_of(rows):
-            _means((blocks, len(head), batch), arguments, constants, {"num_warps": 4}, key)
+            _means((blocks, len(head), batch), arguments, constants, MEANS, key)
     return out
 
 
@@ -87,7 +89,7 @@ def choose_blocks(
         tensors = (scores, place, top, local, start, out)
         key = (width, scores.device) if are_aligned(tensors, ()) else None
         constants = {"BLOCK": BLOCK, "WIDTH": width}
-        options = {"num_warps": max(1, min(8, width // 256))}
+        options = {"num_warps": max(1, min(8, width // 256)), "enable_fp_fusion": True}
         with torch.cuda.device_of(scores):
             _choose((blocks, heads, batch), (*tensors, offset, columns), constants, options, key)
 
