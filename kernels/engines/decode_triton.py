@@ -350,9 +350,8 @@ def _attend(
     length = tl.load(table + 3).to(tl.int32) + grown
     piece = run - tl.load(table).to(tl.int32)
     start = piece * size
-    end = length
-    if piece < tl.load(table + 1).to(tl.int32) - 1:
-        end = start + size
+    is_last = piece == tl.load(table + 1).to(tl.int32) - 1
+    end = tl.where(is_last, length, start + size)
     key, key_row = _matrix(table + 4, query.dtype, batch, IS_ALIGNED)
     value, value_row = _matrix(table + 7, query.dtype, batch, IS_ALIGNED)
     if HAS_BIAS:
