@@ -87,8 +87,10 @@ class _Group:
         new = key.shape[2]
         self._reserve(key, value, new, padding is not None or self.keeper.merges)
         rows = slice(self.length, self.length + new)
-        self.key[:, :, rows] = key[:, self.heads]
-        self.value[:, :, rows] = value[:, self.heads]
+        if key.shape[1] != len(self.kv_heads):
+            key, value = key[:, self.heads], value[:, self.heads]
+        self.key.narrow(2, self.length, new).copy_(key)
+        self.value.narrow(2, self.length, new).copy_(value)
         if self.bias is not None:
             self.bias[:, :, rows] = 0
             if padding is not None:

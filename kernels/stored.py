@@ -7,7 +7,7 @@ of the mass that it stands for, a row of padding -inf. The newest rows stand las
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,13 @@ class StoredRows:
     length: int
     pages: Tensor | None = None
 
+    def fits(self, queries: int) -> bool:
+        """Whether so many rows can be in use, `queries` of them new."""
+        pages = self.pages
+        return queries <= self.length <= self.key.shape[2] and (
+            pages is None or pages.shape[2] == -(-self.length // PAGE)
+        )
+
     def gathered(self) -> StoredRows:
         """The same list without pages, copied into one piece."""
         if self.pages is None:
@@ -50,6 +57,21 @@ class StoredRows:
         )
         bias = None if self.bias is None else self.bias.gather(2, index)
         return StoredRows(self.kv_heads, key, value, bias, self.length)
+
+
+def identity(query: Tensor, stored: Sequence[StoredRows]) -> tuple[Hashable, ...]:
+    """What `check` looks at but for lengths, and where the rows are: calls alike read the same."""
+    places = (
+        (rows.kv_heads, *(_place(t) for t in (rows.key, rows.value, rows.bias, rows.pages)))
+        for rows in stored
+    )
+    return query.shape, query.dtype, query.device, *places
+
+
+def _place(tensor: Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def check(query: Tensor, stored: Sequence[StoredRows]) -> int:

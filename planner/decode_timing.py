@@ -12,6 +12,7 @@ condensed is part of the token that it falls on.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -124,6 +125,64 @@ def measure_decoding(
     )
 
 
+@dataclass(frozen=True)
+class HostTiming:
+    """What the host does for one layer and one token, in us of one CPU thread.
+
+    Attributes:
+        kept: the keepers of the layer, spelled.
+        median_us, q25_us, q75_us: until a call under the plan has returned; it starts work on a
+            GPU and does not wait for it, and does the work itself on a CPU.
+        dense_median_us: of transformers' DynamicCache and SDPA, in the same run.
+        over_us: median of the differences, token by token.
+        steps: tokens of each side.
+    """
+
+    kept: str
+    median_us: float
+    q25_us: float
+    q75_us: float
+    dense_median_us: float
+    over_us: float
+    steps: int
+
+
+def measure_host(
+    layers: Sequence[LayerCapture], row: Sequence[Keeper], *, steps: int = STEPS
+) -> HostTiming:
+    """Time what a layer call costs the host; use a short prompt, which leaves little else on a CPU.
+
+    Args:
+        layers, steps: as in `measure_decoding`.
+        row: one keeper for each kv head; none for a plan that leaves the cache as it is.
+    """
+    sides = _Side(layers, tuple(row), {}), _Side(layers, None, {})
+    times: tuple[list[float], list[float]] = ([], [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(WARM_UP + steps):
+            for side, found in zip(sides, times, strict=True):
+                run = side.step(number)
+                if layers[0].query.is_cuda:
+                    torch.cuda.synchronize()
+                begin = time.perf_counter()
+                run()
+                found.append((time.perf_counter() - begin) / len(layers) * 1e6)
+    finally:
+        torch.set_num_threads(threads)
+    kept, base = (found[WARM_UP:] for found in times)
+    return HostTiming(
+        kept=spell(row),
+        median_us=statistics.median(kept),
+        q25_us=quantile(sorted(kept), 0.25),
+        q75_us=quantile(sorted(kept), 0.75),
+        dense_median_us=statistics.median(base),
+        over_us=statistics.median(a - b for a, b in zip(kept, base, strict=True)),
+        steps=steps,
+    )
+
+
 def time_keepers(
     loaded: LoadedModel,
     work: Workload,
@@ -232,7 +291,10 @@ def decode_costs(
 
 
 class _Side:
-    """A cache after the prompt, and what attention modules would call for each token more."""
+    """A cache after the prompt, and what attention modules would call for each token more.
+
+    Under keepers, under a plan that has none (no row), or without a plan (None).
+    """
 
     def __init__(
         self,
@@ -245,15 +307,16 @@ class _Side:
         self.attention: Callable[..., Any] = sdpa_attention_forward
         group = layers[0].query.shape[1] // layers[0].key.shape[1]
         self.module: Any = SimpleNamespace(is_causal=True, num_key_value_groups=group)
-        if row is not None:
+        if row:
             kept = {i: (row, fitted.get(layer.layer, {})) for i, layer in enumerate(layers)}
             convert(self.cache, kept)
-            state = runtime.ModelState.of([], {}, [], 1, keepers=(row,))
+        if row is not None:
+            state = runtime.ModelState.of([], {}, [], 1, keepers=(row,) if row else ())
             setattr(self.module, runtime.ATTRIBUTE, runtime.LayerState(state, 0))
             self.attention = runtime.attention
         for i, layer in enumerate(layers):
             key, _ = self.cache.update(layer.key, layer.value, i)
-            if row is not None:
+            if row:
                 getattr(key, LAYER).settle(layer.query, layer.scale, None)
 
     def step(self, number: int) -> Callable[[], None]:

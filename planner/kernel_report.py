@@ -61,6 +61,12 @@ def tables(outcome: Outcome) -> Iterator[Table]:
             [row for row in good if row.part == "decode"],
         ),
         (
+            "What the host does for a generated token and a layer, us of one thread",
+            ("kept", "heads", "dim", "median", "quartiles", "DynamicCache, sdpa", "more"),
+            _host_cells,
+            [row for row in good if row.part == "host"],
+        ),
+        (
             "Without numbers, or with wrong ones",
             ("part", "what", "length", "dim", "dtype", "error"),
             _failed_cells,
@@ -115,6 +121,14 @@ def _decode_cells(row: Row) -> list[str]:
     times = row.median_ms, more["mean_ms"], row.dense_ms, more["dense_mean_ms"]
     shown = [_short(t, ".4g") for t in times]
     return [row.name, str(row.length), str(row.head_dim), *shown, _short(more["share"], ".3f")]
+
+
+def _host_cells(row: Row) -> list[str]:
+    more = row.more
+    quartiles = f"{more['q25_us']:.0f} to {more['q75_us']:.0f}"
+    others = [f"{x:.0f}" for x in (more["dense_median_us"], more["over_us"])]
+    sizes = f"{row.heads}/{row.kv_heads}", str(row.head_dim)
+    return [row.name, *sizes, _short(row.host_us, ".0f"), quartiles, *others]
 
 
 def _failed_cells(row: Row) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from attnplan.decode_timing import measure_decoding, spell
+from attnplan.decode_timing import measure_decoding, measure_host, spell
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import Timing, measure_call, measure_layer
@@ -33,6 +33,7 @@ ALLOWED_16_BIT = 2e-2
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Relative errors of right kernels, by dtype."""
 DECODING_LAYERS = 8
+HOST_LAYERS = 16
 
 
 @dataclass(frozen=True)
@@ -408,3 +409,11 @@ def decode_row(row: Row, inputs: Inputs, keeper: Keeper, steps: int) -> Row:
             "layers": timing.layers,
         },
     )
+
+
+def host_row(row: Row, inputs: Inputs, layer: Sequence[Keeper], steps: int) -> Row:
+    """What the host does for a generated token and a layer, beside DynamicCache and SDPA."""
+    tensors = inputs.query, inputs.key, inputs.value
+    capture = LayerCapture(0, "", *tensors, torch.empty(0), inputs.scale)
+    timing = measure_host([capture] * HOST_LAYERS, layer, steps=steps)
+    return replace(row, host_us=timing.median_us, repeats=steps, more=asdict(timing))

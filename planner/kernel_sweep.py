@@ -30,6 +30,7 @@ from attnplan.kernel_rows import (
     decode_row,
     dense_row,
     error_row,
+    host_row,
     layer_row,
     mixed_row,
     parse,
@@ -44,7 +45,7 @@ from attnplan.timing import this_device
 
 VERSION = 1
 """Of the lines in a file of rows."""
-PARTS = ("errors", "layers", "mixed", "crossover", "decode")
+PARTS = ("errors", "layers", "mixed", "crossover", "decode", "host")
 WORTH = (8192, 32768, 4096, 131072)
 """Lengths in the order of their worth; others come after them."""
 METHODS = ("window(window=?, sinks=4)", "block_topk(top=?, local=2)")
@@ -53,6 +54,10 @@ CHECKED_HEADS = 8, 2
 """Query and kv heads of the calls whose numbers are checked."""
 NARROW = "window(window=256, sinks=4)"
 """The fourth kind of a layer without far fields."""
+HOST_LENGTH = 16
+"""Tokens of the text after which the work of the host is timed: they leave little else to do."""
+NO_KEEPERS = "the whole cache"
+"""A plan that has no keepers."""
 FIXED = "window(window=1024, sinks=4)"
 """Its crossover is asked for, beside that of the last pattern at `MIXED_DENSITY`."""
 
@@ -254,6 +259,7 @@ class _Cases:
                 yield from self._crossovers()
                 yield from self._errors(asked.checked_dtypes, asked.checked_dims, first)
                 yield from self._decoding()
+                yield from self._host_work()
 
     def _row(
         self,
@@ -391,6 +397,22 @@ class _Cases:
                 row = self._row("decode", keeper_key(keeper), length, head_dim)
                 measure = partial(self._decode, keeper)
                 yield Case(row, measure, frozenset())
+
+    def _host_work(self) -> Iterator[Case]:
+        if "host" not in self.asked.parts:
+            return
+        heads, head_dim = CHECKED_HEADS, self.asked.head_dims[0]
+        # the first of every kind: what the host does depends on nothing else
+        kinds = {type(k): k for k in reversed(unfitted_keepers(self.asked.ordered[0], head_dim))}
+        kept = {keeper_key(keeper): (keeper,) * heads[1] for keeper in kinds.values()}
+        one, *others = [kinds[kind] for kind in sorted(kinds, key=lambda kind: kind.name)]
+        kept |= {NO_KEEPERS: (), "two kinds": (one, *others[:1] * (heads[1] - 1))}
+        for name, row in kept.items():
+            asked = self._row("host", name, HOST_LENGTH, head_dim, heads=heads)
+            yield Case(asked, partial(self._host, row), frozenset())
+
+    def _host(self, layer: tuple[Any, ...], row: Row) -> Row:
+        return host_row(row, self._inputs(row), layer, self.asked.steps)
 
     def _decode(self, keeper: Any, row: Row) -> Row:
         return decode_row(row, self._inputs(row), keeper, self.asked.steps)

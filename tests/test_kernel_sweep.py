@@ -155,7 +155,9 @@ def test_a_sweep_answers_every_question(whole: tuple[Outcome, Path]) -> None:
         for head_dim in (32, 48):
             for kind in ("dense", "window", "block_topk"):
                 assert ("errors", kind, 256, head_dim, dtype, None) in found
-    assert {row.part for row in good} >= {"errors", "dense", "layers", "crossover", "decode"}
+    assert {row.part for row in good} >= {
+        *("errors", "dense", "layers", "crossover", "decode", "host")
+    }
 
 
 def test_timed_rows_are_complete(whole: tuple[Outcome, Path]) -> None:
@@ -169,6 +171,21 @@ def test_timed_rows_are_complete(whole: tuple[Outcome, Path]) -> None:
         assert row.dense_backend == "sdpa" and row.dense_tflops and row.repeats == 1
         if "window" in row.name:  # 256 keys are too few blocks of 64 for others
             assert row.density == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_work_of_the_host_is_told_beside_that_of_the_dense_call(
+    whole: tuple[Outcome, Path],
+) -> None:
+    outcome, _ = whole
+    rows = {row.name: row for row in outcome.rows if row.part == "host"}
+    assert {"full()", "the whole cache", "two kinds"} < set(rows)
+    for row in rows.values():
+        more = row.more
+        assert more["q25_us"] <= row.host_us == more["median_us"] <= more["q75_us"]
+        assert more["dense_median_us"] > 0 and more["steps"] == TINY.steps
+    assert rows["the whole cache"].more["kept"] == ""
+    assert rows["two kinds"].more["kept"].count(" x ") == 2
+    assert not rows["full()"].more["kept"].count("|")
 
 
 def test_crossovers_name_the_first_length_that_is_faster(whole: tuple[Outcome, Path]) -> None:

@@ -6,15 +6,19 @@ With a C++ compiler the work is done by `decode.cpp`; without one, by torch, for
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels.engines import build
-from attnplan.kernels.stored import StoredRows, check
+from attnplan.kernels.stored import StoredRows, check, identity
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TABLES = 4096
+"""That are kept, of a few hundred bytes each."""
 RUN = 256
 """Fewest rows of a head that are worth a work item of their own; items have whole multiples."""
 
@@ -36,14 +40,22 @@ def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tupl
     Raises:
         ValueError: heads, dtypes or lengths do not fit together.
     """
-    group = check(query, stored)
-    if query.dtype not in DTYPES:
-        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ValueError(f"query is {query.dtype}; the cpu engine takes {known}")
-    library = build.load().library
-    if library is None:
-        return decode_torch(query, stored, scale=scale)
-    return _decode_compiled(library, query, stored, scale, group)
+    spelled = identity(query, stored)
+    table = _tables.of.get(spelled)
+    if table is None or not all(rows.fits(query.shape[2]) for rows in stored):
+        group = check(query, stored)
+        if query.dtype not in DTYPES:
+            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise ValueError(f"query is {query.dtype}; the cpu engine takes {known}")
+        library = build.load().library
+        if library is None:
+            return decode_torch(query, stored, scale=scale)
+        table = _Table(library, stored, group)
+        if not table.held:
+            _tables.of[spelled] = table
+            while len(_tables.of) > TABLES:
+                _tables.of.popitem(last=False)
+    return table(query, stored, scale)
 
 
 class _Strided(ctypes.Structure):
@@ -87,59 +99,80 @@ class _Call(ctypes.Structure):
     )
 
 
-def _decode_compiled(
-    library: ctypes.CDLL,
-    query: Tensor,
-    stored: Sequence[StoredRows],
-    scale: float,
-    group: int,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, head_dim = query.shape
-    value_dim = stored[0].value.shape[3]
-    query = query.detach()
-    query = query if query.stride(3) == 1 else query.contiguous()
-    output = query.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, queries)
-    held = []  # copies must outlive the call
-    rows_of: list[_Head] = []
-    for rows in stored:
-        key, value = (
-            t if t.stride(3) == 1 else t.contiguous() for t in (rows.key.detach(), rows.value)
-        )
-        bias = rows.bias
-        if bias is not None and bias.stride(2) != 1:
-            bias = bias.contiguous()
-        pages = None if rows.pages is None else rows.pages.contiguous()
-        held += [key, value, bias, pages]
+class _Table:
+    """The kv heads of a layer as decode.cpp reads them, while their rows lie where they lie.
+
+    Attributes:
+        held: copies that it reads, because rows do not lie as they must.
+    """
+
+    def __init__(self, library: ctypes.CDLL, stored: Sequence[StoredRows], group: int) -> None:
+        self._decode = library.attnplan_decode
+        self._group = group
+        self._value_dim = stored[0].value.shape[3]
+        self.held: list[Tensor] = []
+        heads = [head for rows in stored for head in self._heads(rows)]
+        self._table = (_Head * len(heads))(*heads)
+
+    def _heads(self, rows: StoredRows) -> Iterator[_Head]:
+        key, value = (self._whole(t, 3) for t in (rows.key.detach(), rows.value.detach()))
+        bias, pages = (t if t is None else self._whole(t, 2) for t in (rows.bias, rows.pages))
         size = key.element_size()
         for place, index in enumerate(rows.kv_heads):
-            rows_of.append(
-                _Head(
-                    key.data_ptr() + place * key.stride(1) * size,
-                    value.data_ptr() + place * value.stride(1) * size,
-                    None if bias is None else bias.data_ptr() + place * bias.stride(1) * 4,
-                    None if pages is None else pages.data_ptr() + place * pages.stride(1) * 4,
-                    *(key.stride(0), key.stride(2), value.stride(0), value.stride(2)),
-                    0 if bias is None else bias.stride(0),
-                    0 if pages is None else pages.stride(0),
-                    *(rows.length, index),
-                )
+            yield _Head(
+                key.data_ptr() + place * key.stride(1) * size,
+                value.data_ptr() + place * value.stride(1) * size,
+                None if bias is None else bias.data_ptr() + place * bias.stride(1) * 4,
+                None if pages is None else pages.data_ptr() + place * pages.stride(1) * 4,
+                *(key.stride(0), key.stride(2), value.stride(0), value.stride(2)),
+                0 if bias is None else bias.stride(0),
+                0 if pages is None else pages.stride(0),
+                *(rows.length, index),
             )
-    threads = torch.get_num_threads()
-    total = batch * sum(head.rows for head in rows_of)
-    table = (_Head * len(rows_of))(*rows_of)
-    call = _Call(
-        *(DTYPES[query.dtype], batch, len(rows_of), group, queries, head_dim, value_dim),
-        *(threads, max(RUN, -(-total // (4 * threads * RUN)) * RUN)),
-        scale,
-        _Strided(query.data_ptr(), *query.stride()[:3]),
-        _Strided(output.data_ptr(), *output.stride()[:3]),
-        lse.data_ptr(),
-        ctypes.addressof(table),
-    )
-    if library.attnplan_decode(ctypes.byref(call)):
-        raise MemoryError("out of memory")
-    return output, lse
+
+    def _whole(self, tensor: Tensor, dim: int) -> Tensor:
+        if tensor.stride(dim) != 1:
+            tensor = tensor.contiguous()
+            self.held.append(tensor)
+        return tensor
+
+    def __call__(
+        self, query: Tensor, stored: Sequence[StoredRows], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, queries, head_dim = query.shape
+        query = query.detach()
+        query = query if query.stride(3) == 1 else query.contiguous()
+        output = query.new_empty(batch, queries, heads, self._value_dim).transpose(1, 2)
+        lse = torch.empty(batch, heads, queries)
+        place = total = 0
+        for rows in stored:
+            for _ in rows.kv_heads:
+                self._table[place].rows = rows.length
+                place += 1
+            total += rows.length * len(rows.kv_heads)
+        threads = torch.get_num_threads()
+        call = _Call(
+            *(DTYPES[query.dtype], batch, place, self._group, queries, head_dim, self._value_dim),
+            *(threads, max(RUN, -(-batch * total // (4 * threads * RUN)) * RUN)),
+            scale,
+            _Strided(query.data_ptr(), *query.stride()[:3]),
+            _Strided(output.data_ptr(), *output.stride()[:3]),
+            lse.data_ptr(),
+            ctypes.addressof(self._table),
+        )
+        if self._decode(ctypes.byref(call)):
+            raise MemoryError("out of memory")
+        return output, lse
+
+
+class _Tables(threading.local):
+    """Of one thread: a call changes lengths."""
+
+    def __init__(self) -> None:
+        self.of: OrderedDict[Hashable, _Table] = OrderedDict()
+
+
+_tables = _Tables()
 
 
 def decode_torch(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.triton import DTYPES, LN2, LOG2E, _add, _softmax
-from attnplan.kernels.stored import PAGE, StoredRows, check
+from attnplan.kernels.stored import PAGE, StoredRows, check, identity
 
 RUN = 256
 """Fewest rows of a kv head that are worth a program of their own."""
@@ -91,11 +91,11 @@ class _Layout:
     merge: tuple[dict[str, int], dict[str, int | bool]] | None
     key: Hashable
 
-    def grown(self, stored: Sequence[StoredRows]) -> int | None:
+    def grown(self, stored: Sequence[StoredRows], queries: int) -> int | None:
         """Rows that every kv head has more than the table says; None if it serves no longer."""
         more = stored[0].length - self.lengths[0]
         for rows, length in zip(stored, self.lengths, strict=True):
-            if rows.length - length != more or rows.length > rows.key.shape[2]:
+            if rows.length - length != more or not rows.fits(queries):
                 return None
         return more if 0 <= more < GROWTH else None
 
@@ -107,10 +107,10 @@ def _decode(
     query: Tensor, stored: Sequence[StoredRows], scale: float, programs: int
 ) -> tuple[Tensor, Tensor]:
     """`decode` by about `programs` programs."""
-    spelled = _spelled(query, stored, programs)
+    spelled = programs, *identity(query, stored)
     layout = _layouts.get(spelled)
-    grown = None if layout is None else layout.grown(stored)
     batch, heads, queries, _ = query.shape
+    grown = None if layout is None else layout.grown(stored, queries)
     value_dim = stored[0].value.shape[3] if stored else 0
     if layout is None or grown is None:
         group = check(query, stored)
@@ -151,21 +151,6 @@ def _decode(
             arguments = (numerator, sums, output, log_mass, layout.cells, layout.runs, queries)
             _start_merge((heads * queries, batch), arguments, made, options, key)
     return output, log_mass
-
-
-def _spelled(query: Tensor, stored: Sequence[StoredRows], programs: int) -> Hashable:
-    """All that a table says but lengths, and all that is checked."""
-    tensors = (
-        (rows.kv_heads, *(_place(t) for t in (rows.key, rows.value, rows.bias, rows.pages)))
-        for rows in stored
-    )
-    return query.shape, query.dtype, query.device, programs, *tensors
-
-
-def _place(tensor: Tensor | None) -> Hashable:
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _layout(query: Tensor, stored: Sequence[StoredRows], group: int, programs: int) -> _Layout:
