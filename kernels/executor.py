@@ -54,7 +54,7 @@ def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
 
 _CUDA = (
     *("triton.py", "schedule.py", "launching.py", "part_triton.py"),
-    *("select_triton.py", "index_triton.py", "linear_triton.py"),
+    *("select_triton.py", "index_triton.py", "linear_triton.py", "cluster_triton.py"),
 )
 
 

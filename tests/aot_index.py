@@ -3,8 +3,8 @@
     python tests/aot_index.py 90:bf16:64:chunks:128 80:fp32:64:nearest:16
 
 names architecture, dtype, head_dim, kernel (of a map with squares `squares`, `chunks`,
-`prefix` and `read`; `nearest`, `hash`; `merge`) and how many features, centres or columns of a
-round it has.
+`prefix` and `read`; `nearest`, `hash`; `merge`; `centroid_t`, `multipole`) and how many
+features, centres, columns of a round or keys of a chunk it has.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import aot
 
-from attnplan.kernels.engines import index_triton, linear_triton, part_triton
+from attnplan.kernels.engines import cluster_triton, index_triton, linear_triton, part_triton
+from attnplan.kernels.far.centroid_t import CentroidT
+from attnplan.kernels.far.multipole import Multipole
 
 CHUNK = 256
+FAR = {cls.name: cls for cls in (CentroidT, Multipole)}
 NUMBERS = {
     "length",
     "keys",
@@ -44,6 +47,7 @@ INTEGERS = {"start": "*i32", "x_head": "*i32", "kv_head": "*i32", "sinks": "*i32
 INTEGERS |= {"names": "*i32"}
 INTEGERS |= {"block": "*i64", "floor": "*i64"}
 FLOATS = {"terms", "affine", "mean", "means", "log_mass", "state_log_mass"}
+FLOATS |= {"metric", "log_weight", "weight", "made_key", "made_value"}
 FLOATS |= {"numerators", "masses", "shifts"}
 
 
@@ -53,6 +57,9 @@ def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, An
     if name == "nearest":
         made = index_triton.nearest_constants(head_dim, count, number)
         return index_triton._nearest_centres, *made
+    if name in FAR:
+        far = FAR[name](chunk=count, slots=16)
+        return cluster_triton._cluster, *cluster_triton.constants(far, head_dim, head_dim)
     if name == "merge":
         return part_triton._merge_part, *part_triton.merge_constants(head_dim)
     if name == "hash":
@@ -78,6 +85,8 @@ def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[
             signature[argument] = "constexpr"
         elif argument in NUMBERS or is_stride:
             signature[argument] = "i32"
+        elif argument == "scale":
+            signature[argument] = "fp32"
         elif argument in FLOATS:
             signature[argument] = "*fp32"
         else:

@@ -12,6 +12,8 @@ KERNELS = {
         "80:fp32:64:squares:128",
         "80:fp32:64:nearest:64",
         "80:bf16:128:merge:0",
+        "80:bf16:64:centroid_t:256",
+        "80:bf16:128:multipole:128",
     ],
     90: [
         "90:bf16:64:squares:128",
@@ -24,10 +26,20 @@ KERNELS = {
         "90:fp32:64:nearest:16",
         "90:fp32:64:hash:64",
         "90:bf16:64:nearest:64",
+        "90:bf16:64:centroid_t:64",
+        "90:fp16:64:centroid_t:256",
+        "90:bf16:80:centroid_t:256",
+        "90:bf16:128:centroid_t:256",
+        "90:bf16:64:multipole:128",
         "90:bf16:64:merge:0",
         "90:fp16:256:merge:0",
     ],
-    100: ["100:bf16:64:chunks:128", "100:bf16:64:read:128", "100:fp32:128:nearest:64"],
+    100: [
+        "100:bf16:128:centroid_t:256",
+        "100:bf16:64:chunks:128",
+        "100:bf16:64:read:128",
+        "100:fp32:128:nearest:64",
+    ],
 }
 PRODUCTS = {"80": "hmma", "90": "hgmma", "100": "utcmma"}
 

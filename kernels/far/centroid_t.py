@@ -20,23 +20,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
-from attnplan.kernels.slot_chunks import (
-    ChunkCompressor,
-    Chunks,
-    Summary,
-    lloyd,
-    pick,
-    pooled,
-    take,
-)
+from attnplan.kernels.cluster_chunks import ClusterCompressor
 
 STEPS = 3
 
 
 @dataclass(frozen=True)
-class CentroidT(ChunkCompressor):
+class CentroidT(ClusterCompressor):
     """Replace every far chunk of `chunk` keys by `slots` weighted cluster centres."""
 
     name: ClassVar[str] = "centroid_t"
@@ -46,14 +38,12 @@ class CentroidT(ChunkCompressor):
     settings_behind: ClassVar[tuple[tuple[int, int], ...]] = ((64, 2), (64, 8))
     mean_name: ClassVar[str | None] = "centroid_t.query_mean"
 
-    chunk: int = 256
+    steps: ClassVar[int] = STEPS
+    uniform: ClassVar[float] = 0.5
+    by_root: ClassVar[bool] = True
+    metric_name: ClassVar[str | None] = "centroid_t.metric"
 
-    def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        metric = inputs.fitted_heads("centroid_t.metric", chunks.head).to(chunks.key.dtype)
-        points = chunks.key @ metric[:, None]
-        seed, _ = pick(chunks.weight, self.slots, 0.5)
-        member = lloyd(points, chunks.weight.sqrt(), take(points, seed), STEPS)
-        return pooled(chunks, member)
+    chunk: int = 256
 
     def build_macs(self, head_dim: int) -> float:
         metric = head_dim + 1  # keys to the query metric, and their weights

@@ -23,17 +23,8 @@ from torch import Tensor
 
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Kept, Slots
-from attnplan.kernels.slot_chunks import (
-    ChunkCompressor,
-    Chunks,
-    Summary,
-    lloyd,
-    pick,
-    pooled,
-    slot_tiles,
-    take,
-    whole_tiles,
-)
+from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels.slot_chunks import Summary, lloyd, slot_tiles, take, whole_tiles
 from attnplan.kernels.tile_list import BLOCK, TileList
 
 STEPS = 4
@@ -44,11 +35,15 @@ LONG = 4096
 
 
 @dataclass(frozen=True)
-class Multipole(ChunkCompressor):
+class Multipole(ClusterCompressor):
     """Replace every far chunk of `chunk` keys by `slots` counted cluster centres."""
 
     name: ClassVar[str] = "multipole"
     predictor: ClassVar[str] = "cluster_inertia"
+
+    steps: ClassVar[int] = STEPS
+    uniform: ClassVar[float] = 0.0
+    by_root: ClassVar[bool] = False
 
     levels: int = 1
 
@@ -63,10 +58,6 @@ class Multipole(ChunkCompressor):
             yield setting
             if shape.keys >= LONG:
                 yield replace(setting, levels=2)
-
-    def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        seed, _ = pick(chunks.weight, self.slots, 0.0)
-        return pooled(chunks, lloyd(chunks.key, chunks.weight, take(chunks.key, seed), STEPS))
 
     @property
     def separable(self) -> bool:
