@@ -19,14 +19,24 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnplan.kernel_rows import at_density, efficiency, parse
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import (
+    Approximation,
+    AttentionShape,
+    Compressor,
+    Inputs,
+    Moments,
+)
+from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels.feature_map import FeatureMap
 from attnplan.kernels.layer import can_prepare
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
 from attnplan.models import LoadedModel
@@ -90,18 +100,22 @@ ROW_US = 5.0
 MASKED, GATHERED, SLOT = 1.5, 2.5, 2.0
 """Cost of a tile over that of a full one. The first is measured; the others are assumed: a gather
 copies row by row, a tile of slots reads weights too."""
-LAUNCH_US, HOST_LAUNCH_US = 3.0, 20.0
-"""Of the device, and of the host, which is the slower one where little is to do."""
+LAUNCH_US, HOST_LAUNCH_US = 3.0, 13.0
+"""Of the device, and of the host, which is the slower one where little is to do: a tensor call of a
+far field took 13 us on the H200 (22 layers of 43 to 685 calls)."""
 BANDWIDTH = 4250.0 / CALIBRATED.memory_gb_s
 """Share of the peak bandwidth that a copy reaches."""
 BLOCK_LAUNCHES, BLOCK_MACS = 6, 2.0e12
 """Choosing blocks by the score kernel: launches, and multiply-adds per second on an H200."""
 TORCH_CALLS, TORCH_MACS = 30, 0.5e12
 """Choosing blocks by scores that torch computes: calls, and multiply-adds per second; assumed."""
+CLUSTER_LAUNCHES, SUM_LAUNCHES, SLOT_CALLS = 3, 6, 6
+"""Clustering by the kernel, sums of exponential features by kernels, and all slots besides."""
 CHAIN_MS = 7.0
 """Whatever else chooses keys or sums over them: chains of tensor calls that wait for each other.
-With the multiply-adds at the same rate, that is half to twice the 5 to 15 ms of 22 such layers in
-`plans/h200-smollm2-8192.jsonl`; a wait for the host, it is the same on every device."""
+With the multiply-adds at the same rate, that is half to twice what 22 layers took on the H200 whose
+far fields were chains then (5 to 15 ms, `plans/h200-smollm2-8192.jsonl`); a wait for the host, it
+is the same on every device."""
 
 SAMPLED = 64
 """Query blocks whose tiles are counted; between them counts are interpolated."""
@@ -203,12 +217,43 @@ def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
     for members in groups.values():
         macs = shape.batch * sum(a.cost(shape).selection for a in members)
         once, rate = CHAIN_MS, TORCH_MACS
-        if is_prepared and "layer_scores" in vars(type(members[0].near)):
+        far = members[0].far
+        if is_prepared and far is not None:
+            calls, rate = _far_calls(far, shape.head_dim)
+            once = calls * HOST_LAUNCH_US / 1e3
+        elif is_prepared and "layer_scores" in vars(type(members[0].near)):
             once, rate = _cycles_ms(BLOCK_LAUNCHES * LAUNCH_US, device), BLOCK_MACS
         elif is_prepared:
             once = TORCH_CALLS * HOST_LAUNCH_US / 1e3
         ms += once + 1e3 * macs / (rate * _general_speed(device))
     return ms
+
+
+@cache
+def _far_calls(far: Compressor, head_dim: int) -> tuple[int, float]:
+    """What the host starts to make a far field, counted, and the rate of multiply-adds in it."""
+    if isinstance(far, ClusterCompressor) and far.separable and head_dim <= 128:
+        return CLUSTER_LAUNCHES + SLOT_CALLS, BLOCK_MACS
+    if isinstance(far, FeatureMap) and far.logarithmic:
+        return SUM_LAUNCHES, BLOCK_MACS
+    inputs = _noise(4 * far.chunk, 4 * far.chunk, head_dim)
+    blocks = inputs.all_blocks
+    floor = far.floor(inputs, blocks, 0)[:, None]
+    chunks = int(far.chunks_before(inputs, floor).max())
+    with torch.no_grad(), _Calls() as counted:
+        slots = far.compress(inputs, chunks, (0,))
+        far.part(inputs, blocks, floor, (0,), chunks)
+    return counted.calls + (0 if slots is None else SLOT_CALLS), TORCH_MACS
+
+
+class _Calls(TorchDispatchMode):
+    """Counts tensor calls that start something on a device: all but views."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def makespan(costs: Sequence[float], slots: int) -> float:
