@@ -266,7 +266,7 @@ def bench(
     head_dims: Annotated[str, typer.Option(help="Of --kernels.")] = "64,128",
     parts: Annotated[
         str, typer.Option(help="Of --kernels: which questions.")
-    ] = "errors,layers,mixed,crossover,decode,host",
+    ] = "errors,layers,mixed,crossover,far,decode,host",
     inputs: Annotated[
         Path | None, typer.Option(help="Of --kernels: safetensors of real queries, keys, values.")
     ] = None,

@@ -40,11 +40,19 @@ def tables(outcome: Outcome) -> Iterator[Table]:
             "Layers beside the best dense attention",
             TIMED,
             _timed_cells,
-            [row for row in good if row.part in ("dense", "layers", "mixed")],
+            [row for row in good if row.part in ("dense", "layers", "mixed", "far")],
         ),
         (
             "Layers of several kinds, ms",
-            ("length", "dim", "one launch", "sum of its parts", "head by head", "parts"),
+            (
+                "length",
+                "dim",
+                "one launch",
+                "balanced",
+                "sum of its parts",
+                "head by head",
+                "parts",
+            ),
             _mixed_cells,
             [row for row in good if row.part == "mixed"],
         ),
@@ -104,7 +112,10 @@ def _timed_cells(row: Row) -> list[str]:
 def _mixed_cells(row: Row) -> list[str]:
     more = row.more
     parts = ", ".join(f"{name} {ms:.4g}" for name, ms in more["parts_ms"].items())
-    times = row.median_ms, more["sum_of_parts_ms"], more["head_by_head_ms"]
+    times = (
+        *(row.median_ms, more.get("balanced_ms")),
+        *(more["sum_of_parts_ms"], more["head_by_head_ms"]),
+    )
     return [str(row.length), str(row.head_dim), *(_short(t, ".4g") for t in times), parts]
 
 

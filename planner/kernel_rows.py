@@ -18,7 +18,14 @@ from torch import Tensor
 
 from attnplan.decode_timing import measure_decoding, measure_host, spell
 from attnplan.kernels import catalog, keepers
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.approximation import (
+    Approximation,
+    AttentionShape,
+    Compressor,
+    Inputs,
+    Moments,
+    Selector,
+)
 from attnplan.kernels.benchmark import Timing, measure_call, measure_layer
 from attnplan.kernels.engines import reference
 from attnplan.kernels.keeper import Keeper
@@ -34,6 +41,8 @@ ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Relative errors of right kernels, by dtype."""
 DECODING_LAYERS = 8
 HOST_LAYERS = 16
+FITTED = 4096
+"""Tokens that methods are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +120,23 @@ def efficiency(dense_ms: float, density: float, ms: float) -> float:
 
 
 def parse(line: str) -> Approximation:
-    """The approximation without a far field that `catalog.key` spells so.
+    """The approximation that `catalog.key` spells so.
 
     Raises:
         ValueError: it is no such line, or names what nobody knows.
     """
-    match = re.fullmatch(rf"(\w+)\(((?:{_KNOB}(?:,\s*{_KNOB})*)?)\)", line.strip())
-    if match is None:
-        raise ValueError(f"a method is spelled as window(window=128, sinks=4), got {line!r}")
-    knobs = {name: int(value) for name, value in re.findall(r"(\w+)=(-?\d+)", match[2])}
-    return catalog.from_dict({"near": {"name": match[1], **knobs}})
+    parts = [part.strip() for part in line.split(" + ")]
+    spelled = {}
+    for name, part in zip(("near", "far"), parts, strict=False):
+        match = re.fullmatch(rf"(\w+)\(((?:{_KNOB}(?:,\s*{_KNOB})*)?)\)", part)
+        if match is None or len(parts) > 2:
+            raise ValueError(
+                f"a method is spelled as window(window=128, sinks=4), or two with ' + ' between "
+                f"them, got {line!r}"
+            )
+        knobs = {name: int(value) for name, value in re.findall(r"(\w+)=(-?\d+)", match[2])}
+        spelled[name] = {"name": match[1], **knobs}
+    return catalog.from_dict(spelled)
 
 
 _KNOB = r"\w+=-?\d+"
@@ -154,16 +170,34 @@ def at_density(pattern: str, shape: AttentionShape, target: float) -> Approximat
     return min(near, key=lambda a: abs(a.density(shape) - target))
 
 
-def cheapest_far(shape: AttentionShape) -> Approximation | None:
-    """The pair of least density that needs no fitted data; None where there is none."""
-    pairs = [
-        a
-        for a in catalog.choices(shape)
-        if a.far is not None
-        and not catalog.fitted_names(shape.head_dim, type(a.far))
-        and not catalog.fitted_names(shape.head_dim, type(a.near))
-    ]
-    return min(pairs, key=lambda a: a.density(shape), default=None)
+def pairs(shape: AttentionShape) -> list[Approximation]:
+    """The first pair of a window and a far field of every kind worth trying."""
+    found: dict[str, Approximation] = {}
+    for a in catalog.choices(shape):
+        if a.far is not None and a.near.name == "window":
+            found.setdefault(a.far.name, a)
+    return list(found.values())
+
+
+def with_fitted(inputs: Inputs, kinds: Sequence[Approximation]) -> Inputs:
+    """The call with what some methods fit to its own first queries and keys."""
+    if not any(catalog.fitted_names(inputs.query.shape[3], type(p)) for a in kinds for p in _of(a)):
+        return inputs
+    query, key = (t[:, :, :FITTED].to("cpu", torch.float64) for t in (inputs.query, inputs.key))
+    moments = Moments(*(part for rows in (query, key) for part in (rows.mean((0, 2)), _gram(rows))))
+    data: dict[str, Tensor] = {}
+    for kind in dict.fromkeys(kinds):
+        data |= kind.fit(moments)
+    return replace(inputs, fitted={name: t.to(inputs.query.device) for name, t in data.items()})
+
+
+def _of(approximation: Approximation) -> list[Selector | Compressor]:
+    return [approximation.near, *([] if approximation.far is None else [approximation.far])]
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Mean of x x^T by head."""
+    return torch.einsum("bhid,bhie->hde", rows, rows) / (rows.shape[0] * rows.shape[2])
 
 
 class Source:
@@ -237,6 +271,7 @@ def layer_row(
     row: Row, inputs: Inputs, approximation: Approximation, *, repeats: int, flex: bool
 ) -> Row:
     """A layer whose heads are all alike."""
+    inputs = with_fitted(inputs, [approximation])
     timing = measure_layer(inputs, (approximation,) * row.heads, repeats=repeats, flex=flex)
     return replace(
         row.timed(timing, approximation.density(inputs.shape), inputs.shape),
@@ -247,14 +282,23 @@ def layer_row(
 def mixed_row(
     row: Row, inputs: Inputs, kinds: Sequence[Approximation], *, repeats: int, flex: bool
 ) -> Row:
-    """A layer of equal shares of several kinds: in one launch, kind by kind, and head by head."""
+    """A layer of equal shares of several kinds: in one launch, kind by kind, and head by head.
+
+    `balanced_ms` is the mean time of whole layers of each kind: what one launch takes where heads
+    of different kinds fill the device as evenly as heads of one kind do.
+    """
     if row.heads % len(kinds):
         raise ValueError(f"{row.heads} heads cannot be shared equally by {len(kinds)} kinds")
     share = row.heads // len(kinds)
+    inputs = with_fitted(inputs, kinds)
     layer = tuple(kind for kind in kinds for _ in range(share))
     timing = measure_layer(inputs, layer, repeats=repeats, force=True, flex=flex)
     parts: dict[str, float] = {}
+    whole: dict[str, float] = {}
     for number, kind in enumerate(kinds):
+        alike = (kind,) * row.heads
+        alone_ms = measure_layer(inputs, alike, repeats=repeats, force=True, flex=flex).median_ms
+        whole[catalog.key(kind)] = alone_ms
         run = calls(inputs, layer, [range(number * share, (number + 1) * share)])
         parts[catalog.key(kind)] = measure_call(run, inputs, repeats=repeats, flex=flex).median_ms
     alone = calls(inputs, layer, [[head] for head in range(row.heads)])
@@ -264,6 +308,8 @@ def mixed_row(
         row.timed(timing, density, inputs.shape),
         more={
             "parts_ms": parts,
+            "whole_ms": whole,
+            "balanced_ms": sum(whole.values()) / len(kinds),
             "sum_of_parts_ms": sum(parts.values()),
             "head_by_head_ms": each.median_ms,
             "head_by_head_host_us": each.host_us,
@@ -333,6 +379,7 @@ def error_row(row: Row, inputs: Inputs, layer: Sequence[Approximation]) -> Row:
     Beside it stands the budget of a good kernel: twice what the reference errs in the dtype of the
     inputs, and a rounding of the output.
     """
+    inputs = with_fitted(inputs, layer)
     kernel = LayerKernel(tuple(layer), inputs.fitted)
     kernel.is_dense = False
     dtype = inputs.query.dtype
@@ -365,7 +412,8 @@ def defined(kernel: LayerKernel, inputs: Inputs, dtype: torch.dtype) -> Tensor:
     another precision may choose others where scores are close.
     """
     tensors = [t.to("cpu", dtype) for t in (inputs.query, inputs.key, inputs.value)]
-    moved = Inputs.of_layer(*tensors, scale=inputs.scale, fitted=inputs.fitted)
+    fitted = {name: t.cpu() for name, t in inputs.fitted.items()}
+    moved = Inputs.of_layer(*tensors, scale=inputs.scale, fitted=fitted)
     chooses = moved if any(a.far for a in kernel.assignment) else inputs
     blocks = torch.arange(inputs.blocks, device=chooses.query.device)
     tiles, slots = kernel.tiles(chooses, blocks)

@@ -25,7 +25,6 @@ from attnplan.kernel_rows import (
     Row,
     Source,
     at_density,
-    cheapest_far,
     crossover_row,
     decode_row,
     dense_row,
@@ -33,10 +32,11 @@ from attnplan.kernel_rows import (
     host_row,
     layer_row,
     mixed_row,
+    pairs,
     parse,
     unfitted_keepers,
 )
-from attnplan.kernels import decoding, executor
+from attnplan.kernels import catalog, decoding, executor
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import WrongKernel
 from attnplan.kernels.keepers import key as keeper_key
@@ -45,7 +45,7 @@ from attnplan.timing import this_device
 
 VERSION = 1
 """Of the lines in a file of rows."""
-PARTS = ("errors", "layers", "mixed", "crossover", "decode", "host")
+PARTS = ("errors", "layers", "mixed", "crossover", "far", "decode", "host")
 WORTH = (8192, 32768, 4096, 131072)
 """Lengths in the order of their worth; others come after them."""
 METHODS = ("window(window=?, sinks=4)", "block_topk(top=?, local=2)")
@@ -54,6 +54,8 @@ CHECKED_HEADS = 8, 2
 """Query and kv heads of the calls whose numbers are checked."""
 NARROW = "window(window=256, sinks=4)"
 """The fourth kind of a layer without far fields."""
+FAR = "window(window=128, sinks=4) + centroid_t(chunk=64, slots=8)"
+"""That of a layer with them."""
 HOST_LENGTH = 16
 """Tokens of the text after which the work of the host is timed: they leave little else to do."""
 NO_KEEPERS = "the whole cache"
@@ -258,6 +260,7 @@ class _Cases:
             if place == min(1, len(asked.ordered) - 1):
                 yield from self._crossovers()
                 yield from self._errors(asked.checked_dtypes, asked.checked_dims, first)
+                yield from self._far_fields()
                 yield from self._decoding()
                 yield from self._host_work()
 
@@ -307,7 +310,7 @@ class _Cases:
     @cached_property
     def _kinds(self) -> dict[str, str]:
         """Name of a kind of heads, to a pattern or to what it is; see `_approximation`."""
-        return {"dense": "dense()", **{_name(m): m for m in self.asked.methods}, "far": "far"}
+        return {"dense": "dense()", **{_name(m): m for m in self.asked.methods}, "far": FAR}
 
     @cached_property
     def _checked(self) -> dict[str, tuple[str, ...]]:
@@ -318,11 +321,6 @@ class _Cases:
         return alike | {"mixed": tuple(near[head % len(near)] for head in range(heads))}
 
     def _approximation(self, pattern: str, row: Row, target: float) -> Approximation:
-        if pattern == "far":
-            found = cheapest_far(self._shape(row))
-            if found is None:
-                raise ValueError(f"no far field without fitted data at {row.length} tokens")
-            return found
         return at_density(pattern, self._shape(row), target) if "?" in pattern else parse(pattern)
 
     def _check(self, patterns: Sequence[str], row: Row) -> Row:
@@ -362,7 +360,7 @@ class _Cases:
     def _mixtures(self) -> dict[str, tuple[str, ...]]:
         """Name of a mixture to the patterns of its heads, in equal shares."""
         near = tuple(pattern for name, pattern in self._kinds.items() if name != "far")
-        return {"near fields": (*near, NARROW), "with far fields": (*near, "far")}
+        return {"near fields": (*near, NARROW), "with far fields": (*near, FAR)}
 
     def _mixed(self, patterns: Sequence[str], row: Row) -> Row:
         found = [self._approximation(pattern, row, MIXED_DENSITY) for pattern in patterns]
@@ -387,6 +385,18 @@ class _Cases:
                 length *= 2
 
         return crossover_row(row, steps(), enough=self._enough, **self._repeated)
+
+    def _far_fields(self) -> Iterator[Case]:
+        if "far" not in self.asked.parts:
+            return
+        head_dim = self.asked.head_dims[0]
+        for length in self.asked.ordered[:2]:
+            for pair in pairs(self._shape(self._row("far", "", length, head_dim))):
+                row = self._row("far", catalog.key(pair), length, head_dim)
+                yield Case(row, partial(self._alike_pair, pair), frozenset({"far"}))
+
+    def _alike_pair(self, pair: Approximation, row: Row) -> Row:
+        return layer_row(row, self._inputs(row), pair, **self._repeated)
 
     def _decoding(self) -> Iterator[Case]:
         if "decode" not in self.asked.parts:
@@ -419,7 +429,8 @@ class _Cases:
 
 
 def _name(pattern: str) -> str:
-    return pattern.split("(", 1)[0]
+    """The kind of heads that a pattern makes."""
+    return "far" if " + " in pattern else pattern.split("(", 1)[0]
 
 
 def conditions_of(asked: Sweep, inputs: str) -> dict[str, Any]:
