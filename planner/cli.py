@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -259,6 +260,9 @@ def bench(
     seed: Seed = 0,
     repeats: Repeats = 5,
     trust_remote_code: Trust = False,
+    methods: Annotated[
+        str | None, typer.Option(help="Of MODEL: only these, as window,centroid_t; else all.")
+    ] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Sweep over the kernels alone; needs no model.")
     ] = False,
@@ -291,8 +295,11 @@ def bench(
     from attnplan.profiles.device_table import export_timings, import_timings
 
     if kernels:
-        if model is not None or decode or export is not None or import_ is not None:
-            raise ValueError("--kernels goes without MODEL, --decode, --export and --import")
+        others = (model, methods, export, import_)
+        if decode or any(other is not None for other in others):
+            raise ValueError(
+                "--kernels goes without MODEL, --decode, --methods, --export and --import"
+            )
         _bench_kernels(
             {
                 "device": device,
@@ -317,7 +324,9 @@ def bench(
         if import_ is not None:
             ERRORS.print(f"{import_timings(store, import_)} timings read from {import_}")
         if model is not None:
-            measure = _bench_decode if decode else _bench
+            if decode and methods is not None:
+                raise ValueError("--methods are those of the prefill, which --decode does not time")
+            measure = _bench_decode if decode else partial(_bench, methods=methods)
             for length in context or [2048]:
                 loaded, work = _workload(
                     model, data, length, 1, seed, device, dtype, trust_remote_code
@@ -648,12 +657,13 @@ def _kind_of_times(costs: Any) -> str:
     return "measured" if costs.is_here else "predicted"
 
 
-def _bench(loaded: Any, work: Any, store: Any, repeats: int) -> None:
+def _bench(loaded: Any, work: Any, store: Any, repeats: int, methods: str | None) -> None:
     from attnplan.explain import timing_rows
     from attnplan.profiling import capture_files, profile, run_key
-    from attnplan.search.candidates import candidates
+    from attnplan.search.candidates import candidates, parse_methods
     from attnplan.timing import measure_device
 
+    only = None if methods is None else parse_methods(methods)
     context = work.context
     shape = loaded.identity.prefill_shape(context)
     with Stages() as progress:
@@ -666,7 +676,7 @@ def _bench(loaded: Any, work: Any, store: Any, repeats: int) -> None:
             work,
             store,
             run,
-            candidates(shape),
+            candidates(shape, only),
             repeats=repeats,
             advance=progress.advance,
         )

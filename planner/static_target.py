@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnplan.kernel_rows import at_density, efficiency, parse
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import (
     Approximation,
@@ -41,6 +40,7 @@ from attnplan.kernels.layer import can_prepare
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
 from attnplan.models import LoadedModel
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
+from attnplan.search.latency import LatencyFit
 from attnplan.timing import DeviceCosts, fit_costs, rows_to_time, spell
 
 Floats = NDArray[np.float64]
@@ -121,10 +121,6 @@ SAMPLED = 64
 """Query blocks whose tiles are counted; between them counts are interpolated."""
 
 
-_DENSE, _WINDOW, _BLOCKS = "dense()", "window(window=1024, sinks=4)", "block_topk(top=12, local=2)"
-_MIX = (_DENSE, "window(window=512, sinks=4)", _BLOCKS, "window(window=128, sinks=4)")
-
-
 def gpu(name: str) -> Gpu:
     """A device that the model knows.
 
@@ -159,14 +155,20 @@ def static_costs(
         raise ValueError(
             f"times on {device.name} are estimated for 16-bit models: add --dtype bfloat16"
         )
-    shape = loaded.identity.prefill_shape(context)
-    rows = rows_to_time(candidates, shape.heads, seed=0)
-    timed = {spell(row): _timing(row, shape, device, dtype) for row in rows}
-    fit = fit_costs(timed, candidates, shape.heads)
+    fit = static_fit(loaded.identity.prefill_shape(context), candidates, device, dtype)
     dense_ms = fit.model.dense_layer_ms * loaded.identity.layers
     return DeviceCosts(
         fit, dense_ms, device.identity, "static estimate", is_here=False, is_estimate=True
     )
+
+
+def static_fit(
+    shape: AttentionShape, candidates: tuple[Approximation, ...], device: Gpu, dtype: str
+) -> LatencyFit:
+    """The cost model of one layer, fitted as to a device's own timings."""
+    rows = rows_to_time(candidates, shape.heads, seed=0)
+    timed = {spell(row): _timing(row, shape, device, dtype) for row in rows}
+    return fit_costs(timed, candidates, shape.heads)
 
 
 def _timing(
@@ -188,8 +190,8 @@ def dense_ms(shape: AttentionShape, device: Gpu) -> float:
     """The vendor's dense kernel."""
     macs = shape.dense_macs * shape.heads * shape.batch
     busy = 2e3 * macs / (device.tflops * 1e12 * _by_head_dim(DENSE_SHARE, shape.head_dim))
-    start = min(_cycles_ms(DENSE_START_US, device), busy)
-    return _cycles_ms(LAUNCH_US, device) + start + max(busy, _bytes_ms(shape, device))
+    start = min(cycles_ms(DENSE_START_US, device), busy)
+    return cycles_ms(LAUNCH_US, device) + start + max(busy, _bytes_ms(shape, device))
 
 
 def kernel_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu) -> float:
@@ -197,13 +199,13 @@ def kernel_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
     programs = _programs(shape.head_dim, device)
     slots = device.multiprocessors * programs
     prices = _tile_us(shape.head_dim, device) * np.array([1.0, MASKED, GATHERED, SLOT])
-    start = 1e3 * _cycles_ms(ROW_US, device)
+    start = 1e3 * cycles_ms(ROW_US, device)
     heads = [tiles_of(a, shape.queries, shape.keys, shape.head_dim) for a in layer]
     rows = np.concatenate(heads * shape.batch)
     longest_first = rows.sum(1).argsort(kind="stable")[::-1]
     costs = start + rows[longest_first] @ prices
     busy = makespan(costs.tolist(), slots) / 1e3
-    return _cycles_ms(LAUNCH_US, device) + max(busy, _bytes_ms(shape, device))
+    return cycles_ms(LAUNCH_US, device) + max(busy, _bytes_ms(shape, device))
 
 
 def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu) -> float:
@@ -222,7 +224,7 @@ def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
             calls, rate = _far_calls(far, shape.head_dim)
             once = calls * HOST_LAUNCH_US / 1e3
         elif is_prepared and "layer_scores" in vars(type(members[0].near)):
-            once, rate = _cycles_ms(BLOCK_LAUNCHES * LAUNCH_US, device), BLOCK_MACS
+            once, rate = cycles_ms(BLOCK_LAUNCHES * LAUNCH_US, device), BLOCK_MACS
         elif is_prepared:
             once = TORCH_CALLS * HOST_LAUNCH_US / 1e3
         ms += once + 1e3 * macs / (rate * _general_speed(device))
@@ -320,7 +322,7 @@ def _by_head_dim(values: tuple[float, float], head_dim: int) -> float:
     return float(np.interp(head_dim, (64, 128), values))
 
 
-def _cycles_ms(us: float, device: Gpu) -> float:
+def cycles_ms(us: float, device: Gpu) -> float:
     """What takes `us` at the clock of the H200, and as many cycles here."""
     return us * CALIBRATED.clock_mhz / device.clock_mhz / 1e3
 
@@ -336,115 +338,3 @@ def _general_speed(device: Gpu) -> float:
     cycles = device.multiprocessors * device.clock_mhz
     arithmetic = cycles / (CALIBRATED.multiprocessors * CALIBRATED.clock_mhz)
     return min(arithmetic, device.memory_gb_s / CALIBRATED.memory_gb_s)
-
-
-# What the model predicts, as a page
-
-LENGTHS = (4096, 8192, 32768, 131072)
-DENSITIES = (1.0, 0.5, 0.25, 0.1)
-PATTERNS = ("window(window=?, sinks=4)", "block_topk(top=?, local=2)")
-LONGEST = 131072
-
-
-def efficiency_row(device: Gpu, pattern: str, head_dim: int, target: float) -> list[str]:
-    """Efficiency by length: speed-up over the dense kernel times density, 1 at best.
-
-    Args:
-        device: to predict for.
-        pattern: of all 32 heads, as `kernel_rows.at_density` takes it.
-        head_dim: of 32 heads and 8 kv heads.
-        target: density.
-    """
-    cells = []
-    for length in LENGTHS:
-        shape = AttentionShape(1, 32, 8, length, length, head_dim)
-        approximation = at_density(pattern, shape, target)
-        ms = kernel_ms([approximation] * 32, shape, device)
-        ms += choice_ms([approximation] * 32, shape, device)
-        eta = efficiency(dense_ms(shape, device), approximation.density(shape), ms)
-        cells.append(f"{eta:.2f} ({ms:.3g} ms)")
-    return [device.name, pattern.split("(")[0], str(head_dim), f"{target:.0%}", *cells]
-
-
-def mixed_row(device: Gpu, head_dim: int) -> list[str]:
-    """A layer of four methods, 8 heads each, over its parts in launches of their own, by length."""
-    cells = []
-    for length in LENGTHS:
-        shape = AttentionShape(1, 32, 8, length, length, head_dim)
-        part = replace(shape, heads=8, kv_heads=2)
-        methods = [parse(line) for line in _MIX]
-        mixed = layer_ms([a for a in methods for _ in range(8)], shape, device)
-        parts = sum(layer_ms([a] * 8, part, device) for a in methods)
-        cells.append(f"{mixed / parts:.2f} ({mixed:.3g} of {parts:.3g} ms)")
-    return [device.name, str(head_dim), *cells]
-
-
-def crossover(device: Gpu, approximation: Approximation, head_dim: int) -> int | None:
-    """The shortest text, in multiples of 64, from which a layer is faster than dense.
-
-    None where that is longer than 131,072 tokens.
-    """
-
-    def is_faster(blocks: int) -> bool:
-        shape = AttentionShape(1, 32, 8, blocks * BLOCK, blocks * BLOCK, head_dim)
-        layer = [approximation] * 32
-        return layer_ms(layer, shape, device) < dense_ms(shape, device)
-
-    low, high = 1, LONGEST // BLOCK
-    if not is_faster(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_faster(middle) else (middle + 1, high)
-    return low * BLOCK
-
-
-def page() -> str:
-    """docs/gpu-predictions.md."""
-    devices = [GPUS["h100"], GPUS["h200"]]
-    etas = [
-        efficiency_row(device, pattern, head_dim, target)
-        for device in devices
-        for head_dim in (64, 128)
-        for pattern in PATTERNS
-        for target in DENSITIES
-    ]
-    mixed = [mixed_row(device, head_dim) for device in devices for head_dim in (64, 128)]
-    fixed = (_WINDOW, _MIX[1], _BLOCKS, _MIX[3])
-    crossovers = []
-    for device in devices:
-        for line in fixed:
-            first = [crossover(device, parse(line), head_dim) for head_dim in (64, 128)]
-            shown = [f"above {LONGEST:,}" if n is None else f"{n:,}" for n in first]
-            crossovers.append([device.name, f"`{line}`", *shown])
-    lengths = [f"{length:,} tokens" for length in LENGTHS]
-    return "\n\n".join(
-        [
-            "# What a static model predicts on GPUs",
-            "Nothing on this page was measured. It is printed by `python -c 'from "
-            "attnplan.static_target import page; print(page(), end=str())'`: the estimates that "
-            "`attnplan search --target h100` plans with, for bfloat16, causal, batch 1, 32 heads "
-            "and 8 kv heads. The constants of the model reproduce timings of one H200 at 1,024 to "
-            "32,768 tokens (`docs/gpu-h200.md`) within 10 %; at 131,072, where caches are too "
-            "small, layers take up to 26 % longer than it says. The H100 is an extrapolation. The "
-            "model knows nothing of caches, of clocks under load, or of the time that the host "
-            "takes to start a kernel.",
-            "## Efficiency",
-            "Dense time times density over time, and the time of a layer: 1 means that time falls "
-            "as work does. Dense is the vendor's kernel. Heads of block top-k pay for the choice.",
-            _table(["device", "method", "head_dim", "density", *lengths], etas),
-            "## A mixed layer over the sum of its parts",
-            "Eight heads each of " + ", ".join(f"`{line}`" for line in _MIX) + ", in one launch; "
-            "the parts in launches of their own, dense heads by the vendor's kernel.",
-            _table(["device", "head_dim", *lengths], mixed),
-            "## Crossover",
-            "The shortest text from which a layer whose heads are all of one method is faster than "
-            "dense.",
-            _table(["device", "method", "head_dim 64", "head_dim 128"], crossovers) + "\n",
-        ]
-    )
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

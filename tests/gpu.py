@@ -5,8 +5,9 @@
     python tests/gpu.py kernels    one step
 
 All results are in `.gpu/`: logs, rows of kernels, the device table, `summary.md`. A step that is
-done is skipped; remove its log to run it again. `kernels` and `decode` keep what they have measured
-in `kernels.jsonl`, so that a step that was stopped goes on.
+done is skipped; remove its log to run it again. `kernels`, `decode` and `far` keep what they have
+measured in `kernels.jsonl`, so that a step that was stopped goes on. All steps together take about
+a quarter of an hour.
 
 `prepare` leaves packages and captured queries, keys and values of real text there, to travel: the
 GPU machine needs torch, triton and transformers beside. The end-to-end steps need a model: that of
@@ -40,11 +41,14 @@ CONTEXT = 8192
 REPEATS = 20
 """Pairs of timed runs, at least."""
 PACKAGES = (
-    *("optuna", "colorlog", "sqlalchemy", "greenlet", "alembic", "mako", "typer", "shellingham"),
+    *("optuna", "colorlog", "sqlalchemy", "greenlet", "alembic", "mako"),
     *("rich", "markdown-it-py", "mdurl", "pygments", "gguf", "pytest", "pluggy", "iniconfig"),
     *("hypothesis", "sortedcontainers", "attrs"),
 )
-"""What an ML image lacks, at most; it has numpy, scipy and scikit-learn."""
+"""What an ML image lacks, at most; it has numpy, scipy, scikit-learn, and what transformers needs:
+typer is among that."""
+METHODS = "window,block_topk,antidiagonal,centroid_t,multipole,attention_matching,performer"
+"""Of the end-to-end steps: those that a GPU does without waiting for the host, and some slots."""
 ENGINES = ("test_triton_engine.py", "test_decode_triton.py")
 """Tests that come first."""
 NO_GPU = ("test_triton_compile.py",)
@@ -56,7 +60,9 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
     attnplan = [sys.executable, "-m", "attnplan"]
     where = ["--device", device, "--db", f"sqlite:///{OUT}/gpu.db"]
     lengths = (
-        ("4096,8192,32768,131072", str(CONTEXT)) if device.startswith("cuda") else ("512",) * 2
+        ("4096,8192,32768,131072", str(CONTEXT), "8192,32768")
+        if device.startswith("cuda")
+        else ("512",) * 3
     )
     sweep = [*attnplan, "bench", "--kernels", "--device", device, "--out", str(ROWS)]
     sweep += ["--repeats", str(REPEATS)]
@@ -65,7 +71,7 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
     found = {
         "kernels": [
             *(*sweep, "--lengths", lengths[0], "--parts", "errors,layers,mixed,crossover"),
-            *("--seconds", "150"),
+            *("--seconds", "180"),
         ],
         "tests": [
             sys.executable,
@@ -76,7 +82,8 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
             *options(),
             *tests(),
         ],
-        "decode": [*sweep, "--lengths", lengths[1], "--parts", "decode", "--seconds", "60"],
+        "decode": [*sweep, "--lengths", lengths[1], "--parts", "host,decode", "--seconds", "60"],
+        "far": [*sweep, "--lengths", lengths[2], "--parts", "far", "--seconds", "60"],
     }
     if model is None:
         return found
@@ -84,10 +91,11 @@ def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
     return found | {
         "bench": [
             *(*attnplan, "bench", model, "--context", str(context), *where),
-            *("--export", str(TABLE)),
+            *("--methods", METHODS, "--export", str(TABLE)),
         ],
         "search": [
             *(*search, "--max-density", "0.25", "--trials", "6", "--swaps", "2"),
+            *("--methods", METHODS),
             *("--out", str(OUT / "plan.yaml"), "--json"),
         ],
         "evaluate": [

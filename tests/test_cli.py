@@ -319,6 +319,22 @@ def test_bench_times_every_candidate_and_travels(run: Run, folder: Path) -> None
     assert not list((folder / ".attnplan").glob("*/*.partial"))
 
 
+def test_bench_times_only_the_methods_that_are_named(run: Run, folder: Path) -> None:
+    url = f"sqlite:///{folder}/some.db"
+    arguments = ("bench", "tiny", "--context", 128, "--repeats", 1, "--db", url)
+    found = run(*arguments, "--methods", "window,strided")
+    assert found.code == 0, found.err
+    assert "window(window=32, sinks=4)" in found.out
+    others = {*catalog.NEAR, *catalog.FAR} - {"dense", "window", "strided"}
+    assert not [name for name in others if f" {name}(" in found.out]
+    for more, message in (
+        (("--methods", "windows"), "unknown method 'windows'"),
+        (("--methods", "window", "--decode"), "which --decode does not time"),
+    ):
+        refused = run(*arguments, *more)
+        assert refused.code == 2 and message in refused.err
+
+
 def test_bench_times_generated_tokens(run: Run, folder: Path) -> None:
     """Every keeper beside the dense cache, from the store the second time."""
     arguments = ("bench", "tiny", "--decode", "--context", 256, "--repeats", 1)

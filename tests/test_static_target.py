@@ -21,12 +21,11 @@ from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
 from attnplan.plan import Plan
+from attnplan.predictions import crossover, decode_row, efficiency_row, far_row, mixed_row
 from attnplan.static_target import (
     GPUS,
     choice_ms,
-    crossover,
     dense_ms,
-    efficiency_row,
     kernel_ms,
     layer_ms,
     makespan,
@@ -220,7 +219,9 @@ def test_a_row_of_predictions_is_made_of_the_model() -> None:
     eta = dense_ms(shape(), H200) * found.density(shape()) / ms
     assert row[5] == f"{eta:.2f} ({ms:.3g} ms)"
     page = (Path(__file__).parents[1] / "docs" / "gpu-predictions.md").read_text()
-    assert f"| {' | '.join(row)} |" in page, "print the page again"
+    rows = (row, mixed_row(H200, 64, 8192), far_row(H200, "centroid_t"))
+    for line in (*rows, decode_row(GPUS["h100"], 8192, 128, 1024)):
+        assert f"| {' | '.join(line)} |" in page, "print the page again"
 
 
 def test_a_crossover_is_where_a_layer_becomes_faster() -> None:
