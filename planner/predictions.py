@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from attnplan.gpus import GPUS, Gpu
 from attnplan.kernel_rows import MIXED_DENSITY, at_density, efficiency, pairs, parse
 from attnplan.kernel_sweep import METHODS as SWEPT
 from attnplan.kernel_sweep import NARROW
@@ -19,10 +20,8 @@ from attnplan.kernels.tile_list import BLOCK
 from attnplan.search.candidates import candidates, parse_methods
 from attnplan.static_target import (
     BANDWIDTH,
-    GPUS,
     HOST_LAUNCH_US,
     LAUNCH_US,
-    Gpu,
     choice_ms,
     cycles_ms,
     dense_ms,

@@ -15,79 +15,38 @@ be those of the H200. Nothing here was measured on them.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnplan.kernels import catalog
+from attnplan.gpus import (
+    GPUS,
+    PRICES,
+    Gpu,
+    makespan,
+    noise,
+    programs_of,
+    tile_work,
+    tiles_of,
+)
 from attnplan.kernels.approximation import (
     Approximation,
     AttentionShape,
     Compressor,
-    Inputs,
-    Moments,
 )
 from attnplan.kernels.cluster_chunks import ClusterCompressor
 from attnplan.kernels.feature_map import FeatureMap
 from attnplan.kernels.layer import can_prepare
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
+from attnplan.kernels.tile_list import BLOCK
 from attnplan.models import LoadedModel
-from attnplan.profiles.records import DeviceIdentity, KernelTiming
+from attnplan.profiles.records import KernelTiming
 from attnplan.search.latency import LatencyFit
 from attnplan.timing import DeviceCosts, fit_costs, rows_to_time, spell
 
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What its maker says, and how many programs of the kernel a multiprocessor holds.
-
-    Attributes:
-        name: for people.
-        multiprocessors: that are enabled.
-        tflops: dense bfloat16 peak of the tensor cores.
-        memory_gb_s: peak bandwidth of the memory.
-        clock_mhz: boost clock that the peak is stated for.
-        programs: of head_dim 64 and 128 that are resident on a multiprocessor.
-    """
-
-    name: str
-    multiprocessors: int
-    tflops: float
-    memory_gb_s: float
-    clock_mhz: float
-    programs: tuple[int, int]
-
-    @property
-    def identity(self) -> DeviceIdentity:
-        """Of a device that nobody timed: never that of a real one."""
-        return DeviceIdentity(f"{self.name} (static estimate)", "cuda", "", 0, {})
-
-
-# Sources: A100, https://glennklockwood.com/garden/processors/A100, its clock
-# https://www.thundercompute.com/blog/nvidia-a100-specs-full-guide; H100, the first site's page
-# H100, and the same chip in the H200, whose memory is that of
-# https://openmetal.io/resources/blog/how-the-h200-is-built-for-memory-bound-ai-workloads/; B200
-# and L40S (its peak there is 366), https://hmc-tech.com/gpu/nvidia-b200-vs-nvidia-l40s. These are
-# not NVIDIA's own pages. Peaks are without sparsity; clocks are those that the peaks are stated
-# for.
-# Programs: measured on sm_90; elsewhere by shared memory, 16 KB (head_dim 64) or 32 KB (128) per
-# stage, of 164 KB (A100), 228 KB (B200), 100 KB (L40S).
-GPUS = {
-    "a100": Gpu("NVIDIA A100 SXM 80GB", 108, 312.0, 2039.0, 1410.0, (3, 1)),
-    "h100": Gpu("NVIDIA H100 SXM 80GB", 132, 989.4, 3350.0, 1830.0, (5, 2)),
-    "h200": Gpu("NVIDIA H200 SXM", 132, 989.4, 4800.0, 1830.0, (5, 2)),
-    "b200": Gpu("NVIDIA B200", 148, 2250.0, 7700.0, 1860.0, (5, 2)),
-    "l40s": Gpu("NVIDIA L40S", 142, 362.0, 864.0, 2520.0, (2, 1)),
-}
 CALIBRATED = GPUS["h200"]
 
 SHARE = (0.459, 0.507)
@@ -97,9 +56,6 @@ DENSE_SHARE, DENSE_START_US = (0.461, 0.591), 20.0
 start and before an end in which not all of the device is at work: short texts are all start."""
 ROW_US = 5.0
 """A row of 64 queries beside its tiles: start, queries, output. In cycles the same everywhere."""
-MASKED, GATHERED, SLOT = 1.5, 2.5, 2.0
-"""Cost of a tile over that of a full one. The first is measured; the others are assumed: a gather
-copies row by row, a tile of slots reads weights too."""
 LAUNCH_US, HOST_LAUNCH_US = 3.0, 13.0
 """Of the device, and of the host, which is the slower one where little is to do: a tensor call of a
 far field took 13 us on the H200 (22 layers of 43 to 685 calls)."""
@@ -116,24 +72,6 @@ CHAIN_MS = 7.0
 With the multiply-adds at the same rate, that is half to twice what 22 layers took on the H200 whose
 far fields were chains then (5 to 15 ms, `plans/h200-smollm2-8192.jsonl`); a wait for the host, it
 is the same on every device."""
-
-SAMPLED = 64
-"""Query blocks whose tiles are counted; between them counts are interpolated."""
-
-
-def gpu(name: str) -> Gpu:
-    """A device that the model knows.
-
-    Raises:
-        ValueError: it knows no such device.
-    """
-    if name.lower() not in GPUS:
-        raise ValueError(
-            f"{name}: no file, and no device that times can be estimated for (those are "
-            f"{', '.join(GPUS)}); a file is what `attnplan bench MODEL --context N --export FILE` "
-            "wrote on the device"
-        )
-    return GPUS[name.lower()]
 
 
 def static_costs(
@@ -168,7 +106,7 @@ def static_fit(
     """The cost model of one layer, fitted as to a device's own timings."""
     rows = rows_to_time(candidates, shape.heads, seed=0)
     timed = {spell(row): _timing(row, shape, device, dtype) for row in rows}
-    return fit_costs(timed, candidates, shape.heads)
+    return fit_costs(timed, candidates, shape.heads, tile_work(candidates, shape, device))
 
 
 def _timing(
@@ -196,9 +134,9 @@ def dense_ms(shape: AttentionShape, device: Gpu) -> float:
 
 def kernel_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu) -> float:
     """The attention kernel for given tiles."""
-    programs = _programs(shape.head_dim, device)
+    programs = programs_of(shape.head_dim, device)
     slots = device.multiprocessors * programs
-    prices = _tile_us(shape.head_dim, device) * np.array([1.0, MASKED, GATHERED, SLOT])
+    prices = _tile_us(shape.head_dim, device) * PRICES
     start = 1e3 * cycles_ms(ROW_US, device)
     heads = [tiles_of(a, shape.queries, shape.keys, shape.head_dim) for a in layer]
     rows = np.concatenate(heads * shape.batch)
@@ -238,7 +176,7 @@ def _far_calls(far: Compressor, head_dim: int) -> tuple[int, float]:
         return CLUSTER_LAUNCHES + SLOT_CALLS, BLOCK_MACS
     if isinstance(far, FeatureMap) and far.logarithmic:
         return SUM_LAUNCHES, BLOCK_MACS
-    inputs = _noise(4 * far.chunk, 4 * far.chunk, head_dim)
+    inputs = noise(4 * far.chunk, 4 * far.chunk, head_dim)
     blocks = inputs.all_blocks
     floor = far.floor(inputs, blocks, 0)[:, None]
     chunks = int(far.chunks_before(inputs, floor).max())
@@ -260,62 +198,11 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def makespan(costs: Sequence[float], slots: int) -> float:
-    """When the last of some rows is done, each begun in order by the slot that is free first."""
-    free = [0.0] * min(slots, max(len(costs), 1))
-    last = 0.0
-    for cost in costs:
-        done = free[0] + cost
-        heapq.heapreplace(free, done)
-        last = max(last, done)
-    return last
-
-
-@lru_cache(maxsize=4096)
-def tiles_of(approximation: Approximation, queries: int, keys: int, head_dim: int) -> Floats:
-    """Full, masked, gathered and slot tiles of every query block of one head, [blocks, 4].
-
-    Where they depend on the content, they are those of white noise: keys that differ from query to
-    query, so that blocks of queries share few of them.
-    """
-    blocks = -(-queries // BLOCK)
-    sampled = torch.linspace(0, blocks - 1, min(blocks, SAMPLED)).round().long()
-    inputs = _noise(queries, keys, head_dim)
-    tiles, _ = approximation.tiles(inputs, sampled)
-    kind, _, mask = tiles.tiles.unbind(1)
-    loop = torch.where(kind == CONTIGUOUS, (mask != FULL).int(), kind + 1)
-    row = torch.repeat_interleave(torch.arange(tiles.rows), tiles.offsets.long().diff())
-    counts = torch.bincount(row * 4 + loop, minlength=4 * tiles.rows).view(-1, 4).numpy()
-    at = np.arange(blocks)
-    columns = [np.interp(at, sampled.numpy(), column) for column in counts.T.astype(np.float64)]
-    return np.stack(columns, axis=1)
-
-
-@lru_cache(maxsize=4)
-def _noise(queries: int, keys: int, head_dim: int) -> Inputs:
-    """One head of white noise and what methods fit to it."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 1, queries, head_dim, generator=generator)
-    key, value = (torch.randn(1, 1, keys, head_dim, generator=generator) for _ in range(2))
-    scale = head_dim**-0.5
-    return Inputs.of_layer(query, key, value, scale=scale, fitted=_fitted(head_dim))
-
-
-@cache
-def _fitted(head_dim: int) -> dict[str, torch.Tensor]:
-    mean, gram = torch.zeros(1, head_dim), torch.eye(head_dim)[None]
-    return catalog.fit(Moments(mean, gram, mean, gram))
-
-
-def _programs(head_dim: int, device: Gpu) -> int:
-    return 1 if head_dim > 128 else device.programs[head_dim > 64]
-
-
 def _tile_us(head_dim: int, device: Gpu) -> float:
     """A full tile in one of the program slots of a multiprocessor, all of them at work."""
     operations = 4 * BLOCK * BLOCK * head_dim
     rate = device.tflops * 1e6 * _by_head_dim(SHARE, head_dim) / device.multiprocessors
-    return operations * _programs(head_dim, device) / rate
+    return operations * programs_of(head_dim, device) / rate
 
 
 def _by_head_dim(values: tuple[float, float], head_dim: int) -> float:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from attnplan.gpus import gpu
 from attnplan.kernels.approximation import Approximation
 from attnplan.models import LoadedModel
 from attnplan.profiles.device_table import read_timings
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
-from attnplan.static_target import gpu, static_costs
-from attnplan.timing import DeviceCosts, fit_costs, spell
+from attnplan.static_target import static_costs
+from attnplan.timing import DeviceCosts, fit_costs, spell, tiles_on
 
 
 def check_target(path: Path) -> None:
@@ -59,7 +60,8 @@ def target_costs(
             f"{path}: no timings of {'dense attention' if timed else 'methods of this version'} at "
             f"{context} tokens; export the table again with this version of attnplan"
         )
-    fit = fit_costs(known, timed, heads)
+    shape = loaded.identity.prefill_shape(context)
+    fit = fit_costs(known, timed, heads, tiles_on(device, timed, shape))
     dense_ms = fit.model.dense_layer_ms * loaded.identity.layers
     return timed, DeviceCosts(fit, dense_ms, device, engine, is_here=False)
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from attnplan.evaluate import dense_prefill_ms
+from attnplan.gpus import TileWork, named, tile_work
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, Inputs
+from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import Timing, device_name, measure_layer
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
@@ -122,16 +123,35 @@ def measure_device(
         known = {t.approximation: t for t in timings(loaded, work, store, device)}
     prefill = _dense_prefill(loaded, work, store, device, repeats)
 
-    fit = fit_costs(known, candidates, heads)
+    shape = identity.prefill_shape(work.context)
+    fit = fit_costs(known, candidates, heads, tiles_on(device, candidates, shape))
     rest_ms = max(prefill - identity.layers * fit.model.dense_layer_ms, 0.0)
     fit = replace(fit, model=replace(fit.model, rest_ms=rest_ms))
     return DeviceCosts(fit, prefill, device, engine_digest(device.kind))
 
 
+def tiles_on(
+    device: records.DeviceIdentity, candidates: tuple[Approximation, ...], shape: AttentionShape
+) -> TileWork | None:
+    """How the rows of a layer fill a device, if it is a GPU that is known."""
+    gpu = named(device) if device.kind == "cuda" else None
+    return None if gpu is None else tile_work(candidates, shape, gpu)
+
+
 def fit_costs(
-    known: Mapping[str, records.KernelTiming], candidates: tuple[Approximation, ...], heads: int
+    known: Mapping[str, records.KernelTiming],
+    candidates: tuple[Approximation, ...],
+    heads: int,
+    tiles: TileWork | None = None,
 ) -> LatencyFit:
-    """The cost model of a layer from timings by spelling, without what is not attention."""
+    """The cost model of a layer from timings by spelling, without what is not attention.
+
+    Args:
+        known: timings of layers.
+        candidates: the first is dense.
+        heads: of a layer.
+        tiles: on a GPU, how its rows fill the device; None where heads only add up.
+    """
     names = [catalog.key(a) for a in candidates]
     spelled = [name for name in known if parse(name, names)]
     rows = [parse(name, names) for name in spelled]
@@ -147,6 +167,7 @@ def fit_costs(
         method=_methods(candidates),
         # with few heads, a mixture may turn out to be of one candidate, which must stay in the fit
         holdout=np.array([name not in uniform for name in spelled]),
+        tiles=None if tiles is None else (tiles.work, tiles.path),
     )
 
 
@@ -170,11 +191,15 @@ def _methods(candidates: tuple[Approximation, ...]) -> list[int]:
 def _beside_static(
     candidates: tuple[Approximation, ...], heads: int
 ) -> list[tuple[Approximation, ...]]:
-    """One head of every dynamic candidate beside cheap static ones: what a method costs once."""
+    """One head of every dynamic candidate beside cheap static ones: what a method costs once.
+
+    And a single cheap one beside dense heads, which the kernel then has to compute.
+    """
     static = [a for a in candidates if a.static and not a.is_dense]
     if heads < 2 or not static:
         return []
-    return [(a, *[static[0]] * (heads - 1)) for a in candidates if not a.static]
+    dense = [(*[a] * (heads - 1), static[0]) for a in candidates if a.is_dense]
+    return dense + [(a, *[static[0]] * (heads - 1)) for a in candidates if not a.static]
 
 
 def _mixtures(

@@ -2,7 +2,11 @@
 
     all heads dense:  dense_layer_ms                            (the layer goes to SDPA)
     otherwise:        overhead_ms + sum over heads of head_ms[c]
+                      + max(0, max over heads of path_ms[c] - sum over heads of work_ms[c])
                       + sum over the methods present of method_overhead_ms
+
+The third term is for GPUs, where rows of queries go to program slots: heads add up as long as rows
+are many, but a layer takes as long as its longest row, and slots idle meanwhile.
 
 The coefficients are fitted to timings of whole layers by non-negative least squares on the
 relative error.
@@ -35,6 +39,8 @@ class LatencyModel:
         rest_ms: everything of the prefill that is not attention.
         method: int64 [candidates], for each candidate the one that stands for its method: they
             pay the overhead together. None where every candidate is a method of its own.
+        work_ms: float64 [candidates], the part of head_ms that is attention over tiles, in all
+            slots of a GPU; path_ms: float64 [candidates], the longest row in one slot. None for 0.
     """
 
     dense_layer_ms: float
@@ -43,17 +49,29 @@ class LatencyModel:
     method_overhead_ms: Floats
     rest_ms: float
     method: Ints | None = None
+    work_ms: Floats | None = None
+    path_ms: Floats | None = None
 
     def __post_init__(self) -> None:
+        for name in ("work_ms", "path_ms"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros(len(self.head_ms)))
         if self.method is None:
             object.__setattr__(self, "method", np.arange(len(self.head_ms)))
+        if not self.works.shape == self.paths.shape == self.head_ms.shape:
+            raise ValueError(
+                "work_ms and path_ms need one number per candidate, got shapes "
+                f"{self.works.shape} and {self.paths.shape}"
+            )
         if self.head_ms.shape != self.method_overhead_ms.shape or self.head_ms.ndim != 1:
             raise ValueError(
                 "head_ms and method_overhead_ms need one number per candidate, got shapes "
                 f"{self.head_ms.shape} and {self.method_overhead_ms.shape}"
             )
         scalars = [self.dense_layer_ms, self.overhead_ms, self.rest_ms]
-        costs = np.concatenate([scalars, self.head_ms, self.method_overhead_ms])
+        costs = np.concatenate(
+            [scalars, self.head_ms, self.method_overhead_ms, self.works, self.paths]
+        )
         if not (np.isfinite(costs).all() and (costs >= 0).all()):
             raise ValueError(f"milliseconds must be finite and not negative, got {costs.min()}")
         if self.method_overhead_ms[0] != 0:
@@ -71,9 +89,24 @@ class LatencyModel:
         assert self.method is not None  # set by __post_init__
         return self.method
 
+    @property
+    def works(self) -> Floats:
+        """`work_ms`, 0 where it is none."""
+        assert self.work_ms is not None  # set by __post_init__
+        return self.work_ms
+
+    @property
+    def paths(self) -> Floats:
+        """`path_ms`, 0 where there are none."""
+        assert self.path_ms is not None  # set by __post_init__
+        return self.path_ms
+
     def layer_ms(self, assignment: Ints) -> Floats:
         """Attention time of every layer: [..., layers, heads] to [..., layers]."""
         ms: Floats = self.overhead_ms + self.head_ms[assignment].sum(-1)
+        if self.paths.any():
+            idle = self.paths[assignment].max(-1) - self.works[assignment].sum(-1)
+            ms = ms + np.maximum(idle, 0.0)
         if self.method_overhead_ms.any():
             ms = ms + presence(self.methods[assignment], self.candidates) @ self.method_overhead_ms
         return np.where((assignment == 0).all(-1), self.dense_layer_ms, ms)
@@ -94,6 +127,8 @@ class LatencyModel:
             overhead_ms=self.overhead_ms * factor,
             head_ms=self.head_ms * factor,
             method_overhead_ms=self.method_overhead_ms * factor,
+            work_ms=self.works * factor,
+            path_ms=self.paths * factor,
         )
 
     def factor(self, assignment: Ints, measured_ms: float) -> float:
@@ -146,6 +181,7 @@ def fit_latency(
     dynamic: Sequence[bool],
     method: Sequence[int] | None = None,
     holdout: NDArray[np.bool_] | None = None,
+    tiles: tuple[Floats, Floats] | None = None,
 ) -> LatencyFit:
     """Fit the cost model to timings of single layers.
 
@@ -159,6 +195,8 @@ def fit_latency(
             pay the overhead together. By default each is a method of its own.
         holdout: bool [rows], rows to hold out together when errors are estimated. By default
             every row is held out in turn, if its candidates also occur in other rows.
+        tiles: float64 [candidates] each, the work of a head and its longest row, in a common unit,
+            whose time is fitted. None where heads only add up.
 
     Raises:
         ValueError: a candidate was never timed, no layer was all dense, or a time is not positive.
@@ -174,12 +212,11 @@ def fit_latency(
     _check_coverage(counts, names)
     once = np.asarray(dynamic, bool)
     groups = np.arange(len(names)) if method is None else np.asarray(method, np.int64)
-
-    model = _fit(counts, ms, once, groups, rest_ms)
+    model = _fit(counts, ms, once, groups, tiles, rest_ms)
     if holdout is not None:
         _check_coverage(counts[~holdout], names)
         rows = np.flatnonzero(holdout)
-        held_out = _fit(counts[~holdout], ms[~holdout], once, groups, rest_ms)
+        held_out = _fit(counts[~holdout], ms[~holdout], once, groups, tiles, rest_ms)
         predicted = _apply(held_out, counts[rows])
     else:
         occurrences = (counts > 0).sum(0)
@@ -189,7 +226,7 @@ def fit_latency(
         predicted = np.empty(len(rows))
         for i, row in enumerate(rows):
             others = np.arange(len(ms)) != row
-            left_out = _fit(counts[others], ms[others], once, groups, rest_ms)
+            left_out = _fit(counts[others], ms[others], once, groups, tiles, rest_ms)
             predicted[i] = _apply(left_out, counts[row : row + 1])[0]
     return LatencyFit(model, rows, (predicted - ms[rows]) / ms[rows])
 
@@ -214,12 +251,26 @@ def _by_method(counts: Floats, method: Ints) -> Floats:
 
 
 def _fit(
-    counts: Floats, ms: Floats, once: NDArray[np.bool_], method: Ints, rest_ms: float
+    counts: Floats,
+    ms: Floats,
+    once: NDArray[np.bool_],
+    method: Ints,
+    tiles: tuple[Floats, Floats] | None,
+    rest_ms: float,
 ) -> LatencyModel:
     is_dense = (counts[:, 1:] == 0).all(1)
     # The weighted mean that minimises the sum of squared relative errors.
     dense_layer_ms = float((1 / ms[is_dense]).sum() / (1 / ms[is_dense] ** 2).sum())
     mixed, mixed_ms = counts[~is_dense], ms[~is_dense]
+    candidates = counts.shape[1]
+    work_ms = path_ms = np.zeros(candidates)
+    kernel = np.zeros(len(mixed_ms))
+    chooses = np.ones(candidates, bool)
+    if tiles is not None:
+        unit = _tile_ms(mixed, mixed_ms, once, tiles)
+        work_ms, path_ms = unit * tiles[0], unit * tiles[1]
+        kernel = np.maximum(mixed @ work_ms, ((mixed > 0) * path_ms).max(1, initial=0.0))
+        chooses = once
     # With one count alone, cost per head and cost per layer cannot be told apart; with equally
     # many heads in all layers, neither can the overhead: the heads then carry it.
     by_method = _by_method(mixed, method)
@@ -229,21 +280,62 @@ def _fit(
     columns = _features(mixed, once, method)
     identified: NDArray[np.bool_] = np.asarray((columns > 0).any(0))
     identified[0] = len(set(mixed.sum(1))) > 1
+    identified[1 : 1 + candidates] &= chooses
     solution = np.zeros(columns.shape[1])
     solution[identified] = non_negative_least_squares(
-        columns[:, identified] / mixed_ms[:, None], np.ones(len(mixed_ms))
+        columns[:, identified] / mixed_ms[:, None], (mixed_ms - kernel) / mixed_ms
     )
-    candidates = counts.shape[1]
     head_ms, method_overhead_ms = solution[1 : 1 + candidates], solution[1 + candidates :]
-    if not mixed[:, 0].any():  # no dense head was timed beside others
+    if tiles is None and not mixed[:, 0].any():  # no dense head was timed beside others
         head_ms[0] = dense_layer_ms / counts[is_dense].sum(1).mean()
-    overhead_ms = float(solution[0])
-    return LatencyModel(dense_layer_ms, overhead_ms, head_ms, method_overhead_ms, rest_ms, method)
+    return LatencyModel(
+        dense_layer_ms,
+        float(solution[0]),
+        head_ms + work_ms,
+        method_overhead_ms,
+        rest_ms,
+        method,
+        work_ms,
+        path_ms,
+    )
+
+
+def _tile_ms(
+    counts: Floats, ms: Floats, once: NDArray[np.bool_], tiles: tuple[Floats, Floats]
+) -> Floats:
+    """What a unit of work takes, by candidate, from layers in which nothing is chosen.
+
+    A candidate that chooses keys, or that no such layer has, costs what the tiles of the candidate
+    cost whose longest row is most like its own: rows have a beginning and an end.
+    """
+    work, path = tiles
+    plain = (counts[:, once] == 0).all(1)
+    counts, ms = counts[plain], ms[plain]
+    unit, known = np.ones(len(work)), (counts > 0).any(0)
+    for _ in range(_ROUNDS if known.any() else 0):
+        heads, longest = counts * work, (counts > 0) * (path * unit)
+        alone = longest.max(1) > heads @ unit
+        rows = np.where(alone[:, None], np.eye(len(path))[longest.argmax(1)] * path, heads)
+        seen = (rows > 0).any(0)
+        found = np.zeros(len(work))
+        found[seen] = non_negative_least_squares(rows[:, seen] / ms[:, None], np.ones(len(ms)))
+        told = np.flatnonzero(found > 0)
+        alike = np.abs(np.log(path[:, None] / path[told])).argmin(1)
+        before, unit = unit, np.where(found > 0, found, found[told[alike]])
+        if np.allclose(before, unit, rtol=1e-6, atol=0):
+            break
+    return unit if known.any() else np.zeros(len(work))  # all of it is taken for choosing
+
+
+_ROUNDS = 10
+"""Of finding out which layers take as long as their longest row."""
 
 
 def _apply(model: LatencyModel, counts: Floats) -> Floats:
     present = _by_method(counts, model.methods) > 0
-    ms = model.overhead_ms + counts @ model.head_ms + present @ model.method_overhead_ms
+    idle = ((counts > 0) * model.paths).max(1) - counts @ model.works
+    heads = counts @ model.head_ms + np.maximum(idle, 0.0)
+    ms = model.overhead_ms + heads + present @ model.method_overhead_ms
     return np.where((counts[:, 1:] == 0).all(1), model.dense_layer_ms, ms)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attnplan.search.latency import presence
+from attnplan.search.latency import LatencyModel, presence
 from attnplan.search.problem import Assignment, Problem
 
 Floats = NDArray[np.float64]
@@ -87,6 +87,8 @@ def _latency_after(problem: Problem, assignment: Assignment) -> Floats:
     model = problem.latency
     own = model.head_ms[assignment]
     ms = model.overhead_ms + own.sum(-1)[:, None, None] - own[..., None] + model.head_ms
+    if model.paths.any():
+        ms = ms + _idle_after(model, assignment)
     if model.method_overhead_ms.any():
         method = model.methods[assignment]
         counts = np.stack([np.bincount(row, minlength=model.candidates) for row in method])
@@ -100,6 +102,18 @@ def _latency_after(problem: Problem, assignment: Assignment) -> Floats:
     approximated = (assignment != 0).sum(-1)[:, None] - (assignment != 0)
     ms[..., 0] = np.where(approximated == 0, model.dense_layer_ms, ms[..., 0])
     return ms
+
+
+def _idle_after(model: LatencyModel, assignment: Assignment) -> Floats:
+    """How long slots wait for the longest row after each change, [layers, heads, candidates]."""
+    path, work = model.paths[assignment], model.works[assignment]
+    longest, place = path.max(-1), path.argmax(-1)[:, None]
+    others = np.repeat(longest[:, None], path.shape[1], axis=1)
+    rest = path.copy()
+    np.put_along_axis(rest, place, 0.0, axis=-1)
+    np.put_along_axis(others, place, rest.max(-1)[:, None], axis=-1)
+    busy = work.sum(-1)[:, None, None] - work[..., None] + model.works
+    return np.maximum(np.maximum(others[..., None], model.paths) - busy, 0.0)
 
 
 def _kv_after(problem: Problem, assignment: Assignment) -> Floats:

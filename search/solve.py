@@ -172,6 +172,7 @@ class _Solver:
         bounds = np.minimum(mixed, dense).sum(-1) + weights[:, 2] * model.rest_ms
         if once.any():
             assignment = self._settle_overheads(weights, assignment)
+        if once.any() or model.paths.any():
             mixed = (problem.layer_totals(assignment, self.fisher) * w).sum(-1)
         assignment = np.where((dense <= mixed)[..., None], 0, assignment)
         return assignment, bounds

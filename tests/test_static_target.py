@@ -14,6 +14,7 @@ import torch
 from tests import tiny_model
 
 from attnplan import cli
+from attnplan.gpus import GPUS, makespan, tiles_of
 from attnplan.kernel_rows import at_density, parse
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
@@ -23,13 +24,10 @@ from attnplan.kernels.near.window import Window
 from attnplan.plan import Plan
 from attnplan.predictions import crossover, decode_row, efficiency_row, far_row, mixed_row
 from attnplan.static_target import (
-    GPUS,
     choice_ms,
     dense_ms,
     kernel_ms,
     layer_ms,
-    makespan,
-    tiles_of,
 )
 
 H200 = GPUS["h200"]
