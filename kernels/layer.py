@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from attnplan.kernels.approximation import (
 )
 from attnplan.kernels.block_pattern import ScoredBlocks
 from attnplan.kernels.executor import attend
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.part import Part
 from attnplan.kernels.pattern import StaticPattern
 from attnplan.kernels.tile_list import TileList
@@ -47,7 +49,9 @@ class LayerKernel:
         self.assignment = assignment
         self.fitted = fitted or {}
         self.is_dense = all(a.is_dense for a in assignment)
-        self._can_prepare = can_prepare(assignment)
+        ready = [can_prepare([a]) for a in assignment]
+        self._ready = tuple(head for head, is_ready in enumerate(ready) if is_ready)
+        self._others = tuple(head for head, is_ready in enumerate(ready) if not is_ready)
         self._moved: dict[torch.device, Fitted] = {}
         self._of_shape: dict[object, PreparedLayer] = {}
         heads: dict[Approximation, list[int]] = {}
@@ -87,21 +91,43 @@ class LayerKernel:
         """
         fitted = self._fitted_on(query.device)
         inputs = Inputs.of_layer(query, key, value, scale=scale, start=start, fitted=fitted)
-        if self._can_prepare and query.device.type == "cuda":
-            return self._prepared(inputs)(inputs)[0]
+        return self._attend(inputs)
+
+    def _attend(self, inputs: Inputs) -> Tensor:
+        query, key, value = inputs.query, inputs.key, inputs.value
+        if self._ready and is_gpu(query.device):
+            return self._prepared(inputs)(inputs)[0] if not self._others else self._apart(inputs)
         blocks = inputs.all_blocks
         tiles, slots = self.tiles(inputs, blocks)
         output, _ = attend(
             query,
             key,
             value,
-            scale=scale,
+            scale=inputs.scale,
             kv_head=inputs.kv_head,
             tiles=tiles,
             slots=slots,
             part=self.part(inputs, blocks),
         )
         return output
+
+    def _apart(self, inputs: Inputs) -> Tensor:
+        """Heads that can be prepared, and the others, which make the host wait for the device."""
+        batch, heads, queries, _ = inputs.query.shape
+        output = inputs.query.new_empty(batch, queries, heads, inputs.value.shape[3])
+        output = output.transpose(1, 2)
+        for some, kernel in self._sides:
+            made = kernel._attend(inputs.heads(some))
+            output.index_copy_(1, numbers_on(some, output.device), made)
+        return output
+
+    @cached_property
+    def _sides(self) -> list[tuple[tuple[int, ...], LayerKernel]]:
+        """The two kinds of heads, each with a kernel of its own."""
+        return [
+            (some, LayerKernel(tuple(self.assignment[head] for head in some), self.fitted))
+            for some in (self._ready, self._others)
+        ]
 
     def _fitted_on(self, device: torch.device) -> Fitted:
         """The calibrated data, moved there once."""
@@ -210,6 +236,11 @@ class LayerKernel:
         else:
             _STATIC.move_to_end(spelled)
         return order, cached
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether layers are prepared there."""
+    return device.type == "cuda"
 
 
 def can_prepare(assignment: Sequence[Approximation]) -> bool:

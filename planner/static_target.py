@@ -67,11 +67,10 @@ TORCH_CALLS, TORCH_MACS = 30, 0.5e12
 """Choosing blocks by scores that torch computes: calls, and multiply-adds per second; assumed."""
 CLUSTER_LAUNCHES, SUM_LAUNCHES, SLOT_CALLS = 3, 6, 6
 """Clustering by the kernel, sums of exponential features by kernels, and all slots besides."""
-CHAIN_MS = 7.0
-"""Whatever else chooses keys or sums over them: chains of tensor calls that wait for each other.
-With the multiply-adds at the same rate, that is half to twice what 22 layers took on the H200 whose
-far fields were chains then (5 to 15 ms, `plans/h200-smollm2-8192.jsonl`); a wait for the host, it
-is the same on every device."""
+GENERAL_MS, GROUP_CALLS = 4.4, 150
+"""Whatever else chooses keys: the tile list of the layer, in which the host waits for the device
+(the least of 22 layers that were made so on the H200, but for its calls), and the tensor calls of
+every method, assumed."""
 
 
 def static_costs(
@@ -121,7 +120,14 @@ def layer_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu)
     """Attention of one layer, the choice of keys included; one approximation per head."""
     if all(a.is_dense for a in layer):
         return dense_ms(shape, device)
-    return kernel_ms(layer, shape, device) + choice_ms(layer, shape, device)
+    ready = [can_prepare([a]) for a in layer]
+    sides = [
+        [a for a, is_ready in zip(layer, ready, strict=True) if is_ready == side]
+        for side in (True, False)
+    ]
+    return sum(
+        kernel_ms(side, shape, device) + choice_ms(side, shape, device) for side in sides if side
+    )
 
 
 def dense_ms(shape: AttentionShape, device: Gpu) -> float:
@@ -148,15 +154,15 @@ def kernel_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
 
 def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu) -> float:
     """Choosing keys and making slots; heads that choose together share what is paid once."""
-    ms = 0.0
     is_prepared = can_prepare(layer)
+    ms = 0.0 if is_prepared else GENERAL_MS
     groups: dict[str, list[Approximation]] = {}
     for a in layer:
         if not a.static:
             groups.setdefault(a.together, []).append(a)
     for members in groups.values():
         macs = shape.batch * sum(a.cost(shape).selection for a in members)
-        once, rate = CHAIN_MS, TORCH_MACS
+        once, rate = GROUP_CALLS * HOST_LAUNCH_US / 1e3, TORCH_MACS
         far = members[0].far
         if is_prepared and far is not None:
             calls, rate = _far_calls(far, shape.head_dim)

@@ -221,6 +221,23 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_heads_that_cannot_be_prepared_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one layer with others, which do not wait for them."""
+    monkeypatch.setattr("attnplan.kernels.layer.is_gpu", lambda device: True)
+    slow = next(
+        a for a in catalog.choices(call(1, 1, 512, 512, (0,)).shape) if a.near.name == "moba"
+    )
+    assignment = (catalog.DENSE, slow, FAR["centroid_t"], chosen_pairs()[0], slow, MIXED[1])
+    inputs = call(6, 3, 300, 300, (0,))
+    kernel = LayerKernel(assignment, inputs.fitted)
+    for _ in range(2):
+        output = kernel(inputs.query, inputs.key, inputs.value, scale=inputs.scale)
+        wanted = expected(assignment, inputs)[0]
+        torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-5)
+    (ready, _), (others, _) = kernel._sides
+    assert (ready, others) == ((0, 2, 5), (1, 3, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_parts_are_added_as_torch_adds_them(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
