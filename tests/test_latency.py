@@ -73,6 +73,44 @@ def test_a_given_split_is_predicted_without_its_rows() -> None:
     np.testing.assert_allclose(result.errors, -0.5, atol=1e-6)
 
 
+ROWS = LatencyModel(
+    dense_layer_ms=9.0,
+    overhead_ms=0.0,
+    head_ms=np.array([1.0, 0.1, 0.4 + 0.3, 0.2 + 0.2]),
+    method_overhead_ms=np.array([0.0, 0.0, 0.8, 0.3]),
+    rest_ms=0.0,
+    work_ms=np.array([1.0, 0.1, 0.4, 0.2]),
+    path_ms=np.array([6.0, 0.5, 3.0, 1.0]),
+)
+TILES = np.array([10.0, 1.0, 4.0, 2.0]), np.array([60.0, 5.0, 30.0, 10.0])
+
+
+def test_a_layer_takes_as_long_as_its_longest_row() -> None:
+    """Which of its heads that is; what chooses keys is paid beside."""
+    assignment = np.array([[1, 1, 1], [0, 1, 1], [2, 1, 1], [1] * 3, [3, 3, 2]])
+    wanted = [0.5, 6.0, 3.0 + 0.3 + 0.8, 0.5, 3.0 + 2 * 0.2 + 0.3 + 0.8 + 0.3]
+    np.testing.assert_allclose(ROWS.layer_ms(assignment), wanted)
+    many = np.ones((1, 50), np.int64)
+    np.testing.assert_allclose(ROWS.layer_ms(many), 5.0)  # rows enough for all slots
+    np.testing.assert_allclose(ROWS.calibrated(2.0).layer_ms(assignment), 2 * np.array(wanted))
+
+
+def test_the_time_of_a_tile_is_found_whether_rows_are_many_or_few() -> None:
+    rng = np.random.default_rng(1)
+    counts = np.concatenate([rng.multinomial(n, [0.25] * 4, 40) for n in (4, 30)])
+    counts = np.concatenate([np.array([[4, 0, 0, 0], [3, 1, 0, 0], [0, 4, 0, 0]]), counts])
+    layers = [np.repeat(np.arange(4), row) for row in counts]
+    ms = np.array([ROWS.layer_ms(layer[None])[0] for layer in layers])
+    found = fit_latency(counts, ms, rest_ms=0.0, names=NAMES, dynamic=DYNAMIC, tiles=TILES).model
+    np.testing.assert_allclose(found.works[:2], ROWS.works[:2], rtol=1e-6)
+    np.testing.assert_allclose(found.paths[:2], ROWS.paths[:2], rtol=1e-6)
+    mixed = np.array([[0, 1, 2, 3], [1, 1, 2, 2], [0, 0, 3, 3]])
+    np.testing.assert_allclose(found.layer_ms(mixed), ROWS.layer_ms(mixed), rtol=1e-6)
+    plain = fit_latency(counts, ms, rest_ms=0.0, names=NAMES, dynamic=DYNAMIC).model
+    error = np.abs(plain.layer_ms(mixed) / ROWS.layer_ms(mixed) - 1)
+    assert error.max() > 0.1, "sums of heads cannot say this"
+
+
 def test_a_layer_is_dense_only_if_all_its_heads_are() -> None:
     assignment = np.array([[0, 0, 0], [0, 1, 1], [2, 2, 3]])
     np.testing.assert_allclose(
@@ -148,3 +186,5 @@ def test_a_model_refuses_times_that_cannot_be() -> None:
         LatencyModel(1.0, 1.0, np.ones(2), np.ones(2), 0.0)
     with pytest.raises(ValueError, match="one number per candidate"):
         LatencyModel(1.0, 1.0, np.ones(2), np.zeros(3), 0.0)
+    with pytest.raises(ValueError, match="one number per candidate, got shapes"):
+        LatencyModel(1.0, 1.0, np.ones(2), np.zeros(2), 0.0, path_ms=np.zeros(3))

@@ -29,6 +29,7 @@ def random_problem(
     overheads: bool = True,
     caches: bool = False,
     forbidden: float = 0.0,
+    rows: bool = False,
 ) -> Problem:
     rng = np.random.default_rng(seed)
     density = np.concatenate([[1.0], rng.uniform(0.05, 0.9, candidates - 1)])
@@ -38,6 +39,7 @@ def random_problem(
     fisher[..., 1:][rng.random((layers, heads, candidates - 1)) < forbidden] = np.inf
     once = np.where(rng.random(candidates) < 0.5, 0.3, 0.0) * overheads
     once[0] = 0.0
+    head_ms = density + rng.uniform(0, 0.2, candidates)
     kv_bytes = rng.choice([1.0, 0.5, 0.25], candidates) if caches else np.ones(candidates)
     kv_bytes[0] = 1.0
     return Problem(
@@ -51,9 +53,11 @@ def random_problem(
         latency=LatencyModel(
             dense_layer_ms=float(heads),
             overhead_ms=0.2 * overheads,
-            head_ms=density + rng.uniform(0, 0.2, candidates),
+            head_ms=head_ms,
             method_overhead_ms=once,
             rest_ms=3.0,
+            work_ms=0.8 * head_ms if rows else None,
+            path_ms=2.5 * head_ms if rows else None,
         ),
         cache_bytes=1024.0,
     )
@@ -95,11 +99,12 @@ budgets = st.one_of(
     budget=budgets,
     overheads=st.booleans(),
     group=st.sampled_from([1, 2]),
+    rows=st.booleans(),
 )
 def test_the_answer_lies_between_the_bound_and_one_layers_step_above_the_optimum(
-    seed: int, budget: Budget, overheads: bool, group: int
+    seed: int, budget: Budget, overheads: bool, group: int, rows: bool
 ) -> None:
-    problem = random_problem(seed, overheads=overheads, group=group, forbidden=0.1)
+    problem = random_problem(seed, overheads=overheads, group=group, forbidden=0.1, rows=rows)
     limits = limits_of(problem, budget)
     totals = all_totals(problem)
     feasible = (totals <= limits * (1 + 1e-9)).all(-1) & np.isfinite(totals[:, 0])
@@ -244,9 +249,10 @@ def test_the_front_trades_kl_for_cost() -> None:
         front(problem, "bytes")
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["sums", "longest rows"])
 @pytest.mark.parametrize("caches", [False, True])
-def test_a_moves_price_is_the_difference_of_two_predictions(caches: bool) -> None:
-    problem = random_problem(10, layers=3, heads=4, candidates=5, group=2, caches=caches)
+def test_a_moves_price_is_the_difference_of_two_predictions(caches: bool, rows: bool) -> None:
+    problem = random_problem(10, layers=3, heads=4, candidates=5, group=2, caches=caches, rows=rows)
     rng = np.random.default_rng(0)
     neighbours = rng.integers(0, 5, (2, 3, 4))
     for assignment in (problem.dense, rng.integers(0, 5, (3, 4)), np.eye(3, 4, dtype=np.int64)):
