@@ -36,9 +36,6 @@ MIXED_DENSITY = 0.25
 """Of the approximations in mixed layers and in checks of numbers."""
 CHECKED_LENGTH = 1024
 """Tokens at which numbers are checked: the reference holds all pairs."""
-ALLOWED_16_BIT = 2e-2
-ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Relative errors of right kernels, by dtype."""
 DECODING_LAYERS = 8
 HOST_LAYERS = 16
 FITTED = 4096
@@ -374,19 +371,14 @@ def crossover_row(
 
 
 def error_row(row: Row, inputs: Inputs, layer: Sequence[Approximation]) -> Row:
-    """The kernel's error against the reference in float64, over the same keys.
-
-    Beside it stands the budget of a good kernel: twice what the reference errs in the dtype of the
-    inputs, and a rounding of the output.
-    """
+    """The kernel's error against the reference in float64, over the same keys."""
     inputs = with_fitted(inputs, layer)
     kernel = LayerKernel(tuple(layer), inputs.fitted)
     kernel.is_dense = False
-    dtype = inputs.query.dtype
     found = kernel(inputs.query, inputs.key, inputs.value, scale=inputs.scale).double().cpu()
-    exact, low = (defined(kernel, inputs, d).double() for d in (torch.float64, dtype))
-    error, own = (float((output - exact).norm() / exact.norm()) for output in (found, low))
-    allowed = ALLOWED.get(dtype, ALLOWED_16_BIT)
+    exact = defined(kernel, inputs, torch.float64).double()
+    error = float((found - exact).norm() / exact.norm())
+    allowed = allowed_error(inputs.query.dtype, any(kind.far for kind in layer))
     largest = float((found - exact).abs().max() / exact.abs().max())
     kinds = dict.fromkeys(layer)
     wrong = not error <= allowed  # also where it is not a number
@@ -397,12 +389,27 @@ def error_row(row: Row, inputs: Inputs, layer: Sequence[Approximation]) -> Row:
         allowed=allowed,
         more={
             "approximation": " | ".join(catalog.key(kind) for kind in kinds),
-            "budget": 2 * (own + torch.finfo(dtype).eps),
             "largest_error": largest if math.isfinite(largest) else None,
         },
         error=f"wrong: relative error {error:.2e}, allowed {allowed:.2e}" if wrong else None,
         wrong=wrong,
     )
+
+
+def allowed_error(dtype: torch.dtype, far: bool) -> float:
+    """The largest relative error of a right kernel.
+
+    Kernels of 16 bits round weights and outputs, which comes to 0.2 units of rounding; others
+    compute in float32, where sums come to 1 to 5 units. A product that is rounded to fewer bits
+    than it should is beyond it.
+
+    Args:
+        dtype: of the inputs.
+        far: with far fields, where keys that are as near to two centres may go to either.
+    """
+    if dtype.itemsize == 2:
+        return max(0.6 * torch.finfo(dtype).eps, 2e-2 * far)
+    return max(64 * torch.finfo(torch.float32).eps, 1e-4 * far)
 
 
 def defined(kernel: LayerKernel, inputs: Inputs, dtype: torch.dtype) -> Tensor:

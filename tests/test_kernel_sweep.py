@@ -308,6 +308,27 @@ def test_a_wrong_kernel_is_refused(
     assert not {row.key for row in outcome.wrong} & set(kernel_sweep.read(path, outcome.conditions))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float16, 1 + 1e-3), (torch.bfloat16, 1 + 8e-3), (torch.float32, 1 + 2e-5)],
+    ids=str,
+)
+def test_an_error_of_fewer_bits_than_the_dtype_has_is_wrong(
+    dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of weights in bfloat16 between values in float16, or of products in tf32."""
+    some = replace(TINY, parts=("errors",), checked_dims=(32,), checked_dtypes=(dtype,))
+    some = replace(some, dtype=dtype)
+    assert not sweep(some).wrong
+    exactly = LayerKernel.__call__
+
+    def less(self: LayerKernel, *tensors: Tensor, **more: float) -> Tensor:
+        return exactly(self, *tensors, **more).double() * factor  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LayerKernel, "__call__", less)
+    assert {row.name for row in sweep(some).wrong} >= {"dense", "window", "block_topk"}
+
+
 def test_dense_heads_that_are_wrong_count_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> Timing:
         raise WrongKernel("dense heads are wrong")
