@@ -44,7 +44,7 @@ def engine_digest(device: str) -> str:
     folder = Path(__file__).parent
     names = {
         "cpu": ("decode_cpu.py", "build.py", "decode.cpp", "vectors.h"),
-        "cuda": ("decode_triton.py", "triton.py"),
+        "cuda": ("decode_triton.py", "triton.py", "launching.py"),
     }[device]
     files = [folder / "engines" / name for name in names]
     files += [folder / name for name in ("layer_store.py", "keeper.py", "stored.py")]

@@ -40,6 +40,8 @@ Repeats = Annotated[int, typer.Option(min=1, help="Pairs of timed runs.")]
 DATABASE = "sqlite:///attnplan.db"
 CAPTURES = Path(".attnplan")
 DEMO = "smollm2-135m"
+LENGTHS = {"cpu": "1024,4096", "cuda": "4096,8192,32768,131072"}
+"""Of a sweep over kernels, by kind of device."""
 
 
 def main() -> None:
@@ -266,7 +268,9 @@ def bench(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Sweep over the kernels alone; needs no model.")
     ] = False,
-    lengths: Annotated[str, typer.Option(help="Of --kernels: tokens.")] = "4096,8192,32768,131072",
+    lengths: Annotated[
+        str | None, typer.Option(help="Of --kernels: tokens; by default what suits the device.")
+    ] = None,
     head_dims: Annotated[str, typer.Option(help="Of --kernels.")] = "64,128",
     parts: Annotated[
         str, typer.Option(help="Of --kernels: which questions.")
@@ -300,10 +304,13 @@ def bench(
             raise ValueError(
                 "--kernels goes without MODEL, --decode, --methods, --export and --import"
             )
+        from attnplan.models import check_device
+
+        check_device(device)
         _bench_kernels(
             {
                 "device": device,
-                "lengths": _numbers("--lengths", lengths),
+                "lengths": _numbers("--lengths", lengths or LENGTHS[device.split(":")[0]]),
                 "head_dims": _numbers("--head-dims", head_dims),
                 "parts": tuple(parts.split(",")),
                 "inputs": inputs,

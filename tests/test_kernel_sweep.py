@@ -512,6 +512,9 @@ def _first_rows(measure: Callable[..., Outcome], asked: Sweep, *args: Any, **mor
     ("arguments", "message"),
     [
         (("tiny",), "--kernels goes without MODEL"),
+        (("--methods", "window"), "--kernels goes without MODEL, --decode, --methods"),
+        (("--device", "tpu"), "unknown device 'tpu'; use cpu, cuda or cuda:N"),
+        (("--device", "cuda:99"), "there is no device 'cuda:99'"),
         (("--lengths", "4k"), "--lengths takes whole numbers between commas, got '4k'"),
         (("--parts", "speed"), "unknown part 'speed'"),
         (("--device", "tpu"), "unknown device 'tpu'"),
