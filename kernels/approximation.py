@@ -377,6 +377,11 @@ class Compressor(ABC):
     """Far fields end where a chunk of so many keys ends."""
 
     @property
+    def grows(self) -> bool:
+        """A text's slots are the first of those of a longer one, and so are its tiles."""
+        return True
+
+    @property
     def separable(self) -> bool:
         """All is in `far`, and each chunk has slots of its own: a query block may leave any out."""
         return False

@@ -31,7 +31,7 @@ from attnplan.kernels.executor import attend
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.part import Part
 from attnplan.kernels.pattern import StaticPattern
-from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.tile_list import BLOCK, TileList
 
 if TYPE_CHECKING:
     from attnplan.kernels.prepared import PreparedLayer
@@ -54,6 +54,8 @@ class LayerKernel:
         self._others = tuple(head for head, is_ready in enumerate(ready) if not is_ready)
         self._moved: dict[torch.device, Fitted] = {}
         self._of_shape: dict[object, PreparedLayer] = {}
+        self._whole: dict[object, PreparedLayer] = {}
+        self._grows = all(a.far is None or a.far.grows for a in assignment)
         heads: dict[Approximation, list[int]] = {}
         for head, approximation in enumerate(assignment):
             heads.setdefault(approximation, []).append(head)
@@ -136,17 +138,38 @@ class LayerKernel:
         return self._moved[device]
 
     def _prepared(self, inputs: Inputs) -> PreparedLayer:
-        """What is made once per shape, for the last few shapes."""
-        key, value = inputs.key, inputs.value
-        shape = (inputs.query.shape, key.shape, value.shape[3], inputs.start, key.device)
+        """What is made once per shape, for the last few shapes.
+
+        Prompts without padding share what is made for the longest of them: a server sees another
+        length with every request.
+        """
+        query, key = inputs.query, inputs.key
+        batch, _, queries, _ = query.shape
+        prompt = self._grows and queries == key.shape[2] and not any(inputs.start)
+        lengths = inputs.blocks if prompt else (queries, key.shape[2])
+        shape = (batch, lengths, inputs.start, query.device)
         known = self._of_shape.get(shape)
         if known is None:
             from attnplan.kernels.prepared import PreparedLayer
 
-            known = PreparedLayer(self.assignment, inputs)
+            if prompt:
+                known = self._whole_for(inputs).first(inputs.blocks)
+            else:
+                known = PreparedLayer(self.assignment, inputs)
             self._of_shape[shape] = known
             while len(self._of_shape) > _PREPARED_SHAPES:
                 self._of_shape.pop(next(iter(self._of_shape)))
+        return known
+
+    def _whole_for(self, inputs: Inputs) -> PreparedLayer:
+        """What is made for the longest prompt so far, at least that of `inputs`."""
+        from attnplan.kernels.prepared import PreparedLayer
+
+        place = len(inputs.start), inputs.query.device
+        known = self._whole.get(place)
+        if known is None or known.blocks < inputs.blocks:
+            known = PreparedLayer(self.assignment, _longer(inputs, rounded(inputs.blocks)))
+            self._whole[place] = known
         return known
 
     def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
@@ -241,6 +264,21 @@ class LayerKernel:
 def is_gpu(device: torch.device) -> bool:
     """Whether layers are prepared there."""
     return device.type == "cuda"
+
+
+def rounded(blocks: int) -> int:
+    """A number of blocks that is at most an eighth more, or 15 more."""
+    step = max(16, 1 << max(blocks.bit_length() - 4, 0))
+    return -(-blocks // step) * step
+
+
+def _longer(inputs: Inputs, blocks: int) -> Inputs:
+    """A call of another length, whose tensors have no numbers."""
+    tensors = {
+        name: getattr(inputs, name)[:, :, :1].expand(-1, -1, blocks * BLOCK, -1)
+        for name in ("query", "key", "value")
+    }
+    return replace(inputs, **tensors)
 
 
 def can_prepare(assignment: Sequence[Approximation]) -> bool:

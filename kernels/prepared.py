@@ -9,6 +9,7 @@ compresses, launches, adds what far fields contribute without slots, and waits f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,19 +52,30 @@ class _Far:
 
     Attributes:
         compressor, heads, sinks: which heads of the layer, with what first keys that stay near.
-        chunks: the most that lie before a floor.
+        most: for each block, the most chunks that lie before the floor of it or one before it.
         floor: int64 [batch, heads, blocks].
     """
 
     compressor: Compressor
     heads: tuple[int, ...]
     sinks: tuple[int, ...]
-    chunks: int
+    most: tuple[int, ...]
     floor: Tensor
+
+    @property
+    def chunks(self) -> int:
+        return self.most[-1] if self.most else 0
+
+    def first(self, blocks: int) -> _Far:
+        floor = self.floor[:, :, :blocks].contiguous()
+        return replace(self, most=self.most[:blocks], floor=floor)
 
 
 class PreparedLayer:
     """One layer under a fixed assignment at one shape.
+
+    Attributes:
+        blocks: of 64 queries.
 
     Args:
         assignment: one approximation per head; see `layer.can_prepare`.
@@ -94,9 +106,9 @@ class PreparedLayer:
             tiles, floor = _paired_tiles(approximation, inputs, all_blocks)
             parts.append((heads, scheduling.rows_of(tiles, keys, len(heads))))
             floors |= dict.fromkeys(heads, floor)
+        self.blocks = inputs.blocks
         self._far = _far_fields(assignment, inputs, floors)
-        slotted = [far.heads for far in self._far if far.chunks]
-        self._slot_rows = slot_rows.rows_of_heads(slotted, len(assignment)).to(device)
+        self._slot_rows = self._rows_of_slots(len(assignment)).to(device)
         self._choices: list[_Choice] = []
         begin = 0
         for heads in scored.values():
@@ -115,8 +127,37 @@ class PreparedLayer:
                 )
             )
             begin += rows.chosen
-        self.schedule = scheduling.join(parts, keys, inputs.kv_head).to(device)
+        schedule = scheduling.join(parts, keys, inputs.kv_head)
+        self._work = schedule.work
+        self.schedule = schedule.to(device)
         self._start = select_triton.integers(inputs.start, device)
+
+    def _rows_of_slots(self, heads: int) -> Tensor:
+        return slot_rows.rows_of_heads([far.heads for far in self._far if far.chunks], heads)
+
+    def first(self, blocks: int) -> PreparedLayer:
+        """The same for a shorter text without padding, of `blocks` blocks of 64 queries.
+
+        A query block reads what it reads in the longer one: tiles are shared, and rows keep their
+        order. Valid where far fields grow with the text (`Compressor.grows`), and where the queries
+        are those of all keys.
+        """
+        if blocks > self.blocks:
+            raise ValueError(f"prepared for {self.blocks} blocks of queries, asked for {blocks}")
+        made = copy(self)
+        made.blocks = blocks
+        head, block = self._work[:, 0] // self.blocks, self._work[:, 0] % self.blocks
+        made._work = self._work.clone()
+        made._work[:, 0] = head * blocks + block
+        made._work = made._work[block < blocks]
+        made.schedule = replace(self.schedule, work=made._work.to(self.schedule.work.device))
+        made._choices = [
+            replace(choice, place=choice.place[:, :, :blocks].contiguous())
+            for choice in self._choices
+        ]
+        made._far = [far.first(blocks) for far in self._far]
+        made._slot_rows = made._rows_of_slots(len(self._slot_rows)).to(self._slot_rows.device)
+        return made
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Output [batch, heads, queries, value_dim], and log-mass [batch, heads, queries]."""
@@ -193,9 +234,10 @@ def _far_fields(
     made = []
     for compressor, heads in found.items():
         floor = torch.stack([floors[head] for head in heads], 1)
-        chunks = int(compressor.chunks_before(inputs, floor).max()) if floor.numel() else 0
+        chunks = compressor.chunks_before(inputs, floor).amax((0, 1))
+        most = tuple(chunks.cummax(0).values.tolist())
         sinks = tuple(assignment[head].reach[1] for head in heads)
-        made.append(_Far(compressor, tuple(heads), sinks, chunks, floor.to(inputs.query.device)))
+        made.append(_Far(compressor, tuple(heads), sinks, most, floor.to(inputs.query.device)))
     return made
 
 

@@ -18,7 +18,7 @@ from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.block_pattern import BlockGrid, pooled_keys, pooled_queries
 from attnplan.kernels.engines import part_triton, reference, select_triton
 from attnplan.kernels.far.multipole import Multipole
-from attnplan.kernels.layer import LayerKernel, can_prepare
+from attnplan.kernels.layer import LayerKernel, can_prepare, rounded
 from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.off import Off
@@ -126,6 +126,69 @@ def test_a_prepared_layer_serves_every_call_of_its_shape() -> None:
     for inputs in (first, second, first):
         wanted = expected(MIXED, inputs)[0]
         torch.testing.assert_close(layer(inputs)[0], wanted, atol=2e-6, rtol=1e-5)
+
+
+GROWING = (
+    *(catalog.DENSE, Approximation(Window(100, 4)), Approximation(BlockTopK(2, 1))),
+    *(FAR["centroid_t"], FAR["performer"], Approximation(Strided(64, 4, 256))),
+)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 300, 449, 512])
+def test_a_shorter_text_reads_the_first_of_what_a_longer_one_reads(tokens: int) -> None:
+    longer = prepared.PreparedLayer(GROWING, call(6, 3, 512, 512, (0,)))
+    inputs = call(6, 3, tokens, tokens, (0,))
+    first = longer.first(inputs.blocks)
+    wanted, wanted_mass = expected(GROWING, inputs)
+    output, log_mass = first(inputs)
+    torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(log_mass, wanted_mass, atol=1e-5, rtol=1e-5)
+    length = first._work[:, 2] - first._work[:, 1] + first._work[:, 6] - first._work[:, 3]
+    assert bool((length.diff() <= 0).all()), "longest first"
+    assert first.schedule.index is longer.schedule.index
+    if inputs.blocks < 8:
+        with pytest.raises(ValueError, match=f"prepared for {inputs.blocks} blocks"):
+            first.first(8)
+
+
+def test_prompts_share_what_is_made_for_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnplan.kernels.layer.is_gpu", lambda device: True)
+    made: list[int] = []
+    init = prepared.PreparedLayer.__init__
+
+    def counted(self: Any, assignment: Any, inputs: Inputs) -> None:
+        made.append(inputs.blocks)
+        init(self, assignment, inputs)
+
+    monkeypatch.setattr(prepared.PreparedLayer, "__init__", counted)
+    assignment = (catalog.DENSE, Approximation(Window(100, 4)), Approximation(BlockTopK(2, 1)))
+
+    def run(kernel: LayerKernel, tokens: int, start: tuple[int, ...] = (0,)) -> None:
+        inputs = call(3, 3, tokens, tokens, start)
+        tensors = inputs.query, inputs.key, inputs.value
+        output = kernel(*tensors, scale=inputs.scale, start=start)
+        wanted = expected(kernel.assignment, inputs)[0]
+        torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-5)
+
+    kernel = LayerKernel(assignment)
+    for tokens in (300, 128, 500, 33, 300):
+        run(kernel, tokens)
+    assert made == [16], "of 1,024 tokens"
+    run(kernel, 100, (30,))  # padding moves what rows read
+    assert made == [16, 2]
+    made.clear()
+    nested = LayerKernel((FAR["multipole"], *assignment[:2]), call(3, 3, 1, 1, (0,)).fitted)
+    for tokens in (200, 300):
+        inputs = call(3, 3, tokens, tokens, (0,))
+        nested(inputs.query, inputs.key, inputs.value, scale=inputs.scale)
+    assert made == [4, 5], "slots of groups come after those of all chunks"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "more"), [(1, 16), (17, 32), (128, 128), (129, 144), (520, 576)]
+)
+def test_lengths_are_rounded_by_an_eighth(blocks: int, more: int) -> None:
+    assert rounded(blocks) == more
 
 
 def test_which_layers_can_be_prepared() -> None:

@@ -63,6 +63,10 @@ class Multipole(ClusterCompressor):
     def separable(self) -> bool:
         return self.levels == 1
 
+    @property
+    def grows(self) -> bool:
+        return self.levels == 1  # slots of groups come after those of all chunks
+
     def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
         slots, most = super().compress(inputs, chunks, sinks), self._groups(chunks)
         if slots is None or not most:
