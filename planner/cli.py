@@ -639,7 +639,7 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
             "budget": budget.canonical(),
             "rows": [asdict(row) for row in rows],
             "solver_seconds": outcome.solver_seconds,
-            "cost_model_error": None if outcome.costs.is_estimate else outcome.costs.fit.mape,
+            "cost_model_error": outcome.costs.error,
             "times": _kind_of_times(outcome.costs),
             "device": outcome.costs.device.name,
         }
@@ -652,7 +652,7 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
     if outcome.costs.is_estimate:
         print("cost model: an estimate; no timing of this device exists, its error is unknown")
     else:
-        print(f"cost model: {outcome.costs.fit.mape:.1%} mean error on layers it was not fitted to")
+        print(outcome.costs.told_error)
     print(f"solver: {outcome.solver_seconds:.2f} s from the stored scores to its first answer")
     if outcome.plan is not None:
         print(f"plan: {out}")
@@ -690,7 +690,7 @@ def _bench(loaded: Any, work: Any, store: Any, repeats: int, methods: str | None
         files.discard()
     headers, rows = timing_rows(store, loaded, costs, shape)
     print_table(f"{costs.device.name}, {context} tokens", headers, rows)
-    print(f"cost model: {costs.fit.mape:.1%} mean error on mixtures it was not fitted to")
+    print(costs.told_error)
 
 
 def _bench_decode(loaded: Any, work: Any, store: Any, repeats: int) -> None:

@@ -139,8 +139,7 @@ def to_plan(
         "baselines": {
             other.name: _figures(other, timed=costs.is_here) for other in outcome.baselines
         },
-        # of an estimate, the error is unknown: nobody timed the device
-        **({} if costs.is_estimate else {"cost_model_error": _short(costs.fit.mape)}),
+        **({} if costs.error is None else {"cost_model_error": _short(costs.error)}),
         "store": {"profile_run": outcome.run, "search": outcome.search},
     }
     return Plan.from_assignment(

@@ -54,6 +54,22 @@ class DeviceCosts:
     is_here: bool = True
     is_estimate: bool = False
 
+    @property
+    def error(self) -> float | None:
+        """Mean relative error on layers that were not fitted to.
+
+        None where nobody timed the device, or no such layer.
+        """
+        known = len(self.fit.errors) and not self.is_estimate
+        return self.fit.mape if known else None
+
+    @property
+    def told_error(self) -> str:
+        """The same in words."""
+        if self.error is None:
+            return "cost model: error unknown, there are no timings of mixtures to hold it against"
+        return f"cost model: {self.error:.1%} mean error on mixtures it was not fitted to"
+
 
 def this_device(device: torch.device) -> records.DeviceIdentity:
     """Identity of the device and of everything that its timings depend on."""

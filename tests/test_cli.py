@@ -380,6 +380,14 @@ def test_a_plan_for_another_device_comes_from_its_table(run: Run, folder: Path) 
     assert "Faraway 9000 has no timings of 4 heads, 2 kv heads of 16 in float32 at 250" in (
         elsewhere.err.replace("\n", " ")
     )
+    # a table without mixtures: nothing to hold the cost model against
+    alike = [line for line in table.read_text().splitlines() if " | " not in line]
+    assert 2 < len(alike) < len(lines)
+    table.write_text("".join(f"{line}\n" for line in alike))
+    few = run(*search, *files, "--max-density", 0.9)
+    assert few.code == 0, few.err
+    assert "cost model: error unknown" in few.out
+    assert "cost_model_error" not in Plan.load(folder / "there.yaml").evidence
     memory = run(*search, *files, "--max-memory", "0.5x")
     assert memory.code == 2 and "--target plans the prefill alone" in memory.err
     table.write_text("")
