@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.indexing import heads_of, numbers_on
+from attnplan.kernels.indexing import first_numbers, heads_of
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK, TileList
 
@@ -178,7 +178,7 @@ class Inputs:
     @property
     def all_blocks(self) -> Tensor:
         """All blocks of 64 query rows, int64 [blocks], the same tensor at every call."""
-        return numbers_on(tuple(range(self.blocks)), self.query.device)
+        return first_numbers(self.blocks, self.query.device)
 
     @property
     def offset(self) -> int:

@@ -16,6 +16,12 @@ def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
+@lru_cache(maxsize=1024)
+def first_numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... as int64 on a device, the same tensor at every call."""
+    return torch.arange(count, device=device)
+
+
 def heads_of(rows: Tensor, heads: Sequence[int], dim: int = 1) -> Tensor:
     """The heads at `heads` of dimension `dim`: a view where they are neighbours, else a copy."""
     first, count = (heads[0], len(heads)) if heads else (0, 0)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -104,8 +105,9 @@ def launch(
     )
     made, options = _compiled_for(*kind)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    slot_arguments = _slot_arguments(slots, query)
     key_of_launch = None
-    if slots is None and are_aligned((query, key, value), strides):
+    if are_aligned((query, key, value, *slot_arguments[:5]), strides):
         key_of_launch = (kind, query.device)
     if copies:
         triton.set_allocator(_scratch)
@@ -117,7 +119,7 @@ def launch(
                 schedule.work, schedule.index, schedule.mask,
                 schedule.index if chosen is None else chosen,
                 schedule.gather, schedule.masks,
-                *_slot_arguments(slots, query),
+                *slot_arguments,
                 scale * math.log2(math.e), heads, queries, key.shape[2], *strides,
             ),
             made,
@@ -246,7 +248,8 @@ def schedule_of(tiles: TileList, keys: int, kv_head: tuple[int, ...]) -> Schedul
     return known[keys, kv_head]
 
 
-def _slot_arguments(slots: Slots | None, query: Tensor) -> tuple[Tensor | int, ...]:
+def _slot_arguments(slots: Slots | None, query: Tensor) -> tuple[Any, ...]:
+    """Five tensors and two sizes."""
     if slots is None:
         return query, query, query, query, query, 0, 0  # never read
     return (
@@ -254,7 +257,7 @@ def _slot_arguments(slots: Slots | None, query: Tensor) -> tuple[Tensor | int, .
         slots.value.to(query.dtype).contiguous(),
         slots.log_weight.float().contiguous(),
         slots.weight.float().contiguous(),
-        slots.head.contiguous(),
+        slots.head.to(torch.int32).contiguous(),
         slots.key.shape[1],
         slots.key.shape[2],
     )
