@@ -11,9 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 @lru_cache(maxsize=1024)
-def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Some numbers as int64 on a device, moved there once: a move waits for the device."""
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+def numbers_on(
+    numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Some numbers on a device, moved there once: a move waits for the device."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=1024)

@@ -35,7 +35,7 @@ _MIX = (_DENSE, "window(window=512, sinks=4)", _BLOCKS, "window(window=128, sink
 _KINDS = (_DENSE, *SWEPT, NARROW)
 _DENSE_TOO = ("", ", dense")
 METHODS = "window,block_topk,antidiagonal,centroid_t,multipole,attention_matching,performer"
-"""Those of the GPU run."""
+"""Of the end-to-end steps of a GPU run (`tests/gpu.py`)."""
 HOST_CALL_MS, HOST_SDPA_CALL_MS = 0.06, 0.015
 """Until a layer call has returned, as on an H200: of static heads 50 to 60 us."""
 HOST_DECODE_MS, HOST_SDPA_MS = 0.055, 0.065

@@ -47,8 +47,6 @@ PACKAGES = (
 )
 """What an ML image lacks, at most; it has numpy, scipy, scikit-learn, and what transformers needs:
 typer is among that."""
-METHODS = "window,block_topk,antidiagonal,centroid_t,multipole,attention_matching,performer"
-"""Of the end-to-end steps: those that a GPU does without waiting for the host, and some slots."""
 ENGINES = ("test_triton_engine.py", "test_decode_triton.py")
 """Tests that come first."""
 NO_GPU = ("test_triton_compile.py",)
@@ -57,6 +55,8 @@ NO_GPU = ("test_triton_compile.py",)
 
 def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
     """Name to command, in the order of their worth."""
+    from attnplan.predictions import METHODS
+
     attnplan = [sys.executable, "-m", "attnplan"]
     where = ["--device", device, "--db", f"sqlite:///{OUT}/gpu.db"]
     lengths = (

@@ -16,6 +16,7 @@ import triton.language as tl
 from attnplan.kernels.approximation import Inputs, Slots
 from attnplan.kernels.cluster_chunks import ClusterCompressor
 from attnplan.kernels.engines.launching import Launcher, are_aligned
+from attnplan.kernels.engines.linear_triton import block_of
 from attnplan.kernels.engines.select_triton import integers
 from attnplan.kernels.tile_list import BLOCK
 
@@ -84,11 +85,11 @@ def constants(
         "SLOTS": far.slots,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_C": _power(far.chunk),
-        "BLOCK_S": _power(far.slots),
-        "BLOCK_D": _power(head_dim),
-        "BLOCK_V": _power(value_dim),
-        "ROWS": min(ROWS, _power(far.chunk)),
+        "BLOCK_C": block_of(far.chunk),
+        "BLOCK_S": block_of(far.slots),
+        "BLOCK_D": block_of(head_dim),
+        "BLOCK_V": block_of(value_dim),
+        "ROWS": min(ROWS, block_of(far.chunk)),
         "PIECE": 16,
         "STEPS": far.steps,
         "UNIFORM": far.uniform,
@@ -98,10 +99,6 @@ def constants(
     }
     warps = 4 if max(head_dim, value_dim) <= 64 else 8
     return made, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
-def _power(n: int) -> int:
-    return int(max(16, triton.next_power_of_2(n)))
 
 
 @triton.jit(do_not_specialize=("keys", "chunks", "count"))

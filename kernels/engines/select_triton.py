@@ -6,14 +6,13 @@ blocks of 64. How many blocks a row keeps is known beforehand, so its list has i
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnplan.kernels.engines.launching import Launcher, are_aligned
+from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.tile_list import BLOCK
 
 MEANS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -21,10 +20,9 @@ MEANS = {"num_warps": 4, "enable_fp_fusion": True}
 LEAST = tl.constexpr(-(2**31) + 1)
 
 
-@lru_cache(maxsize=1024)
 def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Some numbers as int32 on a device, moved there once."""
-    return torch.tensor(numbers, dtype=torch.int32).to(device)
+    return numbers_on(numbers, device, torch.int32)
 
 
 def block_means(rows: Tensor, head: Tensor, start: Tensor, offset: int) -> Tensor:
