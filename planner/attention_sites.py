@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from attnplan.profiles.capture import UNPLANNABLE
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -90,7 +92,12 @@ _CALLS: ContextVar[list[_Call]] = ContextVar("attention calls")
 
 
 def _take_notes(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     _CALLS.get().append((module, tuple(query.shape), key.shape[1], options))
     batch, heads, queries, _ = query.shape
@@ -128,13 +135,6 @@ def _find_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
         seen.add(id(module))
         sites.append(AttentionSite(name, heads, kv_heads, head_dim, options.get("sliding_window")))
     return tuple(sites)
-
-
-UNPLANNABLE = {
-    "softcap": "soft-capped attention scores",
-    "s_aux": "learned sink logits",
-    "position_bias": "a position bias on the attention scores",
-}
 
 
 def attention_calls(model: PreTrainedModel) -> list[_Call]:

@@ -20,12 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 
-from attnplan.attention_sites import (
-    UNPLANNABLE,
-    attention_calls,
-    implementations,
-    set_implementation,
-)
+from attnplan.attention_sites import attention_calls, implementations, set_implementation
+from attnplan.profiles.capture import UNPLANNABLE
 
 NAME = "attnplan_encoder"
 ATTRIBUTE = "_attnplan_encoder"
@@ -122,7 +118,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **options: Any,

@@ -36,6 +36,15 @@ CHUNK = 512
 """Positions whose logits are held at once."""
 ACTIVATION_BYTES = 4 << 30
 """Above this estimate of the activations of a backward pass, layers are computed twice instead."""
+UNPLANNABLE = {
+    "softcap": "soft-capped attention scores",
+    "s_aux": "learned sink logits",
+    "sinks": "learned sink logits",
+    "position_bias": "a position bias on the attention scores",
+    "indices": "a selection of keys of its own",
+    "block_indices": "a selection of keys of its own",
+}
+"""Options of an attention call that change what it computes, which a plan would not honour."""
 
 
 @dataclass
@@ -251,7 +260,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -277,7 +286,7 @@ def _refuse_unless_causal(
     module: Any, query: Tensor, key: Tensor, mask: Tensor | None, extra: dict[str, Any]
 ) -> None:
     who = type(module).__name__
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in UNPLANNABLE:
         if extra.get(name) is not None:
             raise ValueError(f"{who} uses {name}, which attnplan cannot profile yet")
     window = extra.get("sliding_window")
