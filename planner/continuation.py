@@ -20,6 +20,7 @@ from attnplan.cache import stored_bytes
 from attnplan.evaluate import Applied, Reference, original
 from attnplan.kernels.benchmark import timed
 from attnplan.kernels.keeper import SLACK
+from attnplan.profiles.output_head import Body, run_body
 
 CONTINUED = 256
 """Tokens at the end of a text that are fed as a continuation."""
@@ -63,7 +64,7 @@ class Continuation:
         return self.reference.divergence(body, known, torch.cat(parts, 1))
 
 
-def prompt(model: Any, tokens: Tensor, *, recording: bool = False) -> Any:
+def prompt(model: Any, tokens: Tensor, *, recording: bool = False) -> Body:
     """The model without its head on a prompt [tokens], with its cache.
 
     While `recording`, nothing is condensed before `condense`.
@@ -74,28 +75,29 @@ def prompt(model: Any, tokens: Tensor, *, recording: bool = False) -> Any:
     return _read(model, tokens, cache)
 
 
-def step(model: Any, body: Any, tokens: Tensor) -> Any:
+def step(model: Any, body: Body, tokens: Tensor) -> Body:
     """More tokens after `body`."""
     return _read(model, tokens, cache_of(body))
 
 
-def condense(body: Any) -> None:
+def condense(body: Body) -> None:
     """Let the cache condense what it has held back."""
     for layer in cache_of(body).layers:
         layer.crop(0)
 
 
 @torch.no_grad()
-def _read(model: Any, tokens: Tensor, cache: Any) -> Any:
-    device = model.get_input_embeddings().weight.device
-    accepted = inspect.signature(model.base_model.forward).parameters
-    name = "cache" if "cache" in accepted else "past_key_values"  # renamed in 5.24
-    return model.base_model(input_ids=tokens[None].to(device), use_cache=True, **{name: cache})
+def _read(model: Any, tokens: Tensor, cache: Any) -> Body:
+    accepted = inspect.signature(model.forward).parameters
+    for name in ("cache", "past_key_values"):  # renamed in 5.24
+        if name in accepted:
+            return run_body(model, tokens, cache=cache, cache_name=name)
+    raise ValueError(f"{type(model).__name__} takes no KV cache: it has nothing to decode from")
 
 
-def cache_of(body: Any) -> Any:
-    """The cache that a forward pass returned."""
-    return body["cache" if "cache" in body else "past_key_values"]
+def cache_of(body: Body) -> Any:
+    """The cache that a forward pass filled."""
+    return body.cache
 
 
 def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple[int, int]:
@@ -128,7 +130,7 @@ def decode_ms(
     """
     first = len(tokens) - steps - WARM_UP
     contexts = (applied, original)
-    bodies: list[Any] = []
+    bodies: list[Body] = []
     for context in contexts:
         with context():
             bodies.append(prompt(model, tokens[:first]))

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnplan.cache import stored_bytes
 from attnplan.kernels.benchmark import Timing, interleaved, median_ms
 from attnplan.profiles.capture import logits_of
+from attnplan.profiles.output_head import Body, output_head, run_body
 from attnplan.search.evaluation import finite_kl
 
 CHUNK = 512
@@ -108,11 +109,11 @@ class Reference:
         means = (sums / len(compared)).tolist()
         return finite_kl(means[0]), finite_kl(means[1]), finite_kl(means[2])
 
-    def divergence(self, body: Any, original: Tensor, planned: Tensor) -> float:
+    def divergence(self, body: Body, original: Tensor, planned: Tensor) -> float:
         """Mean KL(original || planned) between final hidden states, in nats per token.
 
         Args:
-            body: any output of the model without its head.
+            body: any output of `body_of`.
             original, planned: [1, tokens, hidden].
         """
         total = 0.0
@@ -142,10 +143,9 @@ class Reference:
 
 
 @torch.no_grad()
-def body_of(model: Any, tokens: Tensor) -> Any:
+def body_of(model: Any, tokens: Tensor) -> Body:
     """The model without its head on one text [tokens]."""
-    device = model.get_input_embeddings().weight.device
-    return model.base_model(input_ids=tokens[None].to(device), use_cache=False)
+    return run_body(model, tokens)
 
 
 @torch.no_grad()
@@ -175,6 +175,7 @@ def induction_accuracy(
         high = model.config.get_text_config().vocab_size
         once = torch.randint(low, high, (half,), generator=generator)
         tokens = torch.cat([once, once])
+        output_head(model, tokens)
         with applied():
             body = body_of(model, tokens)
         with logits_of(model, body) as logits:

@@ -31,6 +31,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from attnplan.profiles.output_head import Body, output_head, replaced_forward, run_body
+
 NAME = "attnplan_capture"
 CHUNK = 512
 """Positions whose logits are held at once."""
@@ -120,18 +122,17 @@ def capture(
             activations; None decides by size.
 
     Raises:
-        ValueError: no tokens, or a model whose attention this cannot capture faithfully (no
+        ValueError: no tokens, no causal language model (see `output_head`), or a model whose
+            attention this cannot capture faithfully (no
             AttentionInterface, not causal, sliding windows shorter than the text, soft-capped
             scores, learned sinks, position biases).
     """
     tokens = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)
     if not len(tokens):
         raise ValueError("capture needs at least one token, got none")
-    if model.base_model is model or model.get_output_embeddings() is None:
-        raise ValueError(f"capture needs a causal language model, got {type(model).__name__}")
+    output_head(model, tokens)
     if recompute is None:
         recompute = gradients and _activation_bytes(model, len(tokens)) > ACTIVATION_BYTES
-    device = model.get_input_embeddings().weight.device
     recorder = _Recorder(store_dtype, {id(m): n for n, m in model.named_modules()})
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(model))
@@ -144,7 +145,7 @@ def capture(
             stack.enter_context(_recomputed_layers(model))
         token = _RECORDER.set(recorder)
         try:
-            body = model.base_model(input_ids=tokens[None].to(device), use_cache=False)
+            body = run_body(model, tokens)
         finally:
             _RECORDER.reset(token)
         if not recorder.layers:
@@ -169,32 +170,20 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 @contextmanager
-def logits_of(model: Any, body: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function from final hidden states [1, n, hidden] to the model's logits [1, n, vocabulary].
+def logits_of(model: Any, body: Body) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from final hidden states [1, n, width] to the model's logits [1, n, vocabulary].
 
-    It runs the model's own forward with a body that returns those states, so that whatever the
-    model does to its logits (scaling, soft-capping) is done.
+    It runs the model's own forward with a head that reads those states, so that whatever the model
+    does to its logits (scaling, soft-capping) is done.
 
     Args:
         model: a causal language model.
-        body: what `model.base_model` returned on the text.
+        body: what `run_body` gave on any text.
     """
-    hidden: list[Tensor] = []
-
-    def replay(*args: Any, **kwargs: Any) -> Any:
-        return type(body)(**{**body, "last_hidden_state": hidden[0]})
-
-    def logits(states: Tensor) -> Tensor:
-        hidden[:] = [states]
-        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        out: Tensor = model(input_ids=ids, use_cache=False).logits
-        return out
-
-    with _replaced_forward(model.base_model, replay):
-        yield logits
+    yield functools.partial(body.head.logits, model)
 
 
-def _backward(model: Any, body: Any, seed: int) -> Tensor:
+def _backward(model: Any, body: Body, seed: int) -> Tensor:
     """Draw labels, and send the gradient of their loss back through the model."""
     states: Tensor = body.last_hidden_state
     count = states.shape[1]
@@ -415,21 +404,8 @@ def _recomputed_layers(model: Any) -> Iterator[None]:
             twice = functools.partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-            stack.enter_context(_replaced_forward(layer, twice))
+            stack.enter_context(replaced_forward(layer, twice))
         yield
-
-
-@contextmanager
-def _replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    try:
-        module.forward = forward
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _activation_bytes(model: Any, tokens: int) -> int:
