@@ -124,6 +124,7 @@ def search(
     json_: Json = False,
 ) -> None:
     """Find the best plan within a budget, prove it by measurement, and write it."""
+    from attnplan.plan_output import check_plan, data_file
     from attnplan.planning import Request
     from attnplan.planning import plan as run_plan
     from attnplan.profiles.calibration import load_sequences
@@ -152,6 +153,8 @@ def search(
         )
     if out.is_dir() or out.suffix == ".safetensors":
         raise ValueError(f"{out}: --out names the YAML file of the plan")
+    check_plan(out)
+    _check_apart(db, {"--out": out, "the plan's data": data_file(out)})
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
@@ -296,7 +299,7 @@ def bench(
     a model and without the store.
     """
     from attnplan.profiles.database import Store
-    from attnplan.profiles.device_table import export_timings, import_timings
+    from attnplan.profiles.device_table import check_table, export_timings, import_timings
 
     if kernels:
         others = (model, methods, export, import_)
@@ -327,6 +330,9 @@ def bench(
         raise ValueError(
             "nothing to do: name a MODEL to time, or use --kernels, --export or --import"
         )
+    if export is not None:
+        check_table(export)
+        _check_apart(db, {"--export": export})
     with Store(db) as store:
         if import_ is not None:
             ERRORS.print(f"{import_timings(store, import_)} timings read from {import_}")
@@ -373,6 +379,7 @@ def compare(
 
     if out is not None:
         league_page.check(out)
+        _check_apart(db, {"--out": out})
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
@@ -499,6 +506,15 @@ def demo(
         db=db,
     )
     print(f"\nApply it: attnplan.load({DEMO!r}, plan={str(out)!r})")
+
+
+def _check_apart(db: str, outputs: dict[str, Path]) -> None:
+    """Raises ValueError where a command would write a file and its store to one place."""
+    from attnplan.profiles.migrations.engine import file_of
+    from attnplan.profiles.output_files import check_apart
+
+    store = file_of(db)
+    check_apart(outputs, {} if store is None else {"--db": store})
 
 
 def _workload(

@@ -40,6 +40,7 @@ from attnplan.kernels import catalog, decoding, executor
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import WrongKernel
 from attnplan.kernels.keepers import key as keeper_key
+from attnplan.profiles.output_files import check_output
 from attnplan.profiling import Advance, silent
 from attnplan.timing import this_device
 
@@ -189,6 +190,8 @@ def sweep(
     def enough() -> bool:
         return asked.seconds is not None and clock() - begin >= asked.seconds
 
+    if out is not None:
+        check(out)
     plan = _Cases(asked, enough)
     conditions = conditions_of(asked, plan.source.kind)
     known = {} if out is None else read(out, conditions)
@@ -466,8 +469,15 @@ def driver(device: torch.device) -> str:
 def append(path: Path, conditions: dict[str, Any], row: Row) -> None:
     """Add a row to a file of JSON lines, complete in itself."""
     line = json.dumps({**conditions, **asdict(row)}, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ended = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+        file.write(f"{line}\n" if ended else f"\n{line}\n")
+
+
+def check(path: Path) -> None:
+    """Raises ValueError where rows cannot be added to a file, before anything is measured."""
+    check_output(path, "rows of a sweep", lambda file: read(file, {}) is not None)
 
 
 def read(path: Path, conditions: dict[str, Any]) -> dict[tuple[object, ...], Row]:
@@ -480,7 +490,11 @@ def read(path: Path, conditions: dict[str, Any]) -> dict[tuple[object, ...], Row
     if not path.exists():
         return found
     names = {f.name for f in fields(Row)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this is no text file, so it holds no rows of a sweep") from None
+    for number, line in enumerate(lines, start=1):
         try:
             stored = json.loads(line)
             row = Row(**{name: stored[name] for name in names})

@@ -8,9 +8,15 @@ from html import escape
 from pathlib import Path
 
 from attnplan.league import HEADERS, Entry, lines
+from attnplan.profiles.output_files import check_output, replace_file
 
 ROW, LEFT, WIDTH = 24, 250, 560
 """Pixels: height of a row, where bars begin, and how long the longest is."""
+BEGINNING = {
+    ".md": ("# ", "\n```\nattnplan compare "),
+    ".html": ("<!doctype html>", "<code>attnplan compare "),
+}
+"""How a file begins, and what else is in it, by its suffix."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1b1f24 }
 table { border-collapse: collapse; font-size: 13px; margin-top: 2rem }
@@ -35,17 +41,24 @@ def write(path: Path, entries: Sequence[Entry], title: str, command: str) -> Non
     """
     check(path)
     make = markdown if path.suffix == ".md" else page
-    path.write_text(make(entries, title, command), encoding="utf-8")
+    replace_file(path, make(entries, title, command).encode())
 
 
 def check(path: Path) -> None:
-    """Refuse a name that tells no known form, before anything is measured.
+    """Refuse a name before anything is measured.
 
     Raises:
-        ValueError: the name ends in neither .md nor .html.
+        ValueError: the name ends in neither .md nor .html, or another file is there.
     """
     if path.suffix not in (".md", ".html"):
         raise ValueError(f"{path} must end in .md or .html")
+    check_output(path, f"a league table as {path.suffix}", _is_page)
+
+
+def _is_page(path: Path) -> bool:
+    begin, command = BEGINNING[path.suffix]
+    content = path.read_bytes()
+    return content.startswith(begin.encode()) and command.encode() in content
 
 
 def markdown(entries: Sequence[Entry], title: str, command: str) -> str:

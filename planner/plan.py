@@ -32,7 +32,6 @@ whatever the length; `decode: dense` keeps everything.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,10 +41,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from attnplan import plan_output
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.keeper import Keeper
 from attnplan.plan_yaml import PlanError, plain
+from attnplan.profiles.output_files import replace_files
 
 __all__ = ["DecodeSection", "ModelIdentity", "Plan", "PlanError", "Section", "Target"]
 
@@ -193,7 +194,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "evidence", plain(dict(self.evidence), "evidence"))
         if self.fitted and self.digest is None:
-            object.__setattr__(self, "digest", digest_of(_packed(self.fitted)))
+            object.__setattr__(self, "digest", plan_output.digest_of(_packed(self.fitted)))
         known = set(self.methods.values())
         previous = 0
         for section in self.prefill:
@@ -254,11 +255,11 @@ class Plan:
         """Write the plan, replacing the file in one step, and its fitted data beside it.
 
         Args:
-            path: the YAML file; fitted data goes to the same name with .safetensors.
+            path: the YAML file; fitted data goes beside it, see `plan_output.data_file`.
             fitted: replaces the plan's own fitted data.
 
         Raises:
-            PlanError: a method needs fitted data that is not there.
+            PlanError: a method needs fitted data that is not there, or another file is in the way.
         """
         from attnplan.plan_file import spell
 
@@ -267,14 +268,21 @@ class Plan:
         if fitted is not None:
             plan = replace(self, fitted=fitted, digest=None)
         plan.check_fitted()
-        data_file = path.with_suffix(".safetensors")
-        if data_file == path:
+        if path.suffix == ".safetensors":
             raise PlanError(f"{path}: a plan is YAML; .safetensors is the name of its fitted data")
-        text = spell(plan, data_file.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if plan.fitted:
-            _replace_file(data_file, _packed(plan.fitted))
-        _replace_file(path, text.encode())
+        plan_output.check_plan(path, fitted=bool(plan.fitted))
+        data = plan_output.data_file(path)
+        contents: dict[Path, bytes] = {}
+        if not plan.fitted:
+            plan = replace(plan, digest=None)
+        else:
+            contents[data] = _packed(plan.fitted)
+            plan = replace(plan, digest=plan_output.digest_of(contents[data]))
+        contents[path] = spell(plan, data.name).encode()
+        outdated = not plan.fitted and plan_output.owns_data(path)
+        replace_files(contents)
+        if outdated:
+            data.unlink()
 
     def section(self, length: int) -> Section | None:
         """The section for a prefill of `length` tokens, None where all is dense."""
@@ -431,21 +439,6 @@ def _packed(fitted: Fitted) -> bytes:
         for name, tensor in sorted(row.items())
     }
     return safetensors.torch.save(tensors)
-
-
-def digest_of(data: bytes) -> str:
-    """How plans write the digest of a file."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a half-written one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _short(value: Any) -> str:

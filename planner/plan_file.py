@@ -20,9 +20,9 @@ from attnplan.plan import (
     Plan,
     Section,
     Target,
-    digest_of,
     keeper_names,
 )
+from attnplan.plan_output import digest_of
 from attnplan.plan_yaml import (
     Entry,
     Flow,

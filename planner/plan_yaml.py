@@ -15,6 +15,9 @@ from typing import Any
 
 import yaml
 
+LARGEST = 1 << 24
+"""Bytes of a plan file: reading more would take minutes, and 100 layers of 100 heads need 1 MB."""
+
 
 class PlanError(ValueError):
     """A plan that cannot be read, or that does not fit the model it is applied to."""
@@ -105,6 +108,9 @@ def read(path: Path) -> Entry:
     """
     file = str(path)
     try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise PlanError(f"{file}: no plan has {size} bytes; they are below {LARGEST}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{file}: cannot be read: {_reason(error)}") from None

@@ -414,9 +414,14 @@ def prepare(
     Unless methods are named or `thorough` is set, what no head could want is dropped after a look
     at a few layers; `thorough` also scores on all texts what the first one shows to be hopeless.
     """
+    candidates = offered(loaded.identity.prefill_shape(work.context), methods)
+    if len(candidates) < 2:
+        raise ValueError(
+            f"none of the methods saves anything at {work.context} tokens: name other methods, or "
+            "a longer context"
+        )
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)
-    candidates = offered(loaded.identity.prefill_shape(work.context), methods)
     if not thorough and methods is None:
         progress.stage("Scouting candidates", None)
         candidates = scout(loaded, work, store, files, run, candidates)

@@ -225,7 +225,8 @@ def _mixtures(
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(MIXTURES):
-        kinds = generator.choice(len(candidates), size=generator.integers(2, 5), replace=False)
+        size = min(int(generator.integers(2, 5)), len(candidates))
+        kinds = generator.choice(len(candidates), size=size, replace=False)
         found.append(tuple(candidates[c] for c in generator.choice(kinds, size=heads)))
     return found
 

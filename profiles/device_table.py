@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 from attnplan.profiles.database import Store
 from attnplan.profiles.digest import canonical
+from attnplan.profiles.output_files import check_output, replace_file
 from attnplan.profiles.records import DeviceIdentity, KernelTiming
 
 VERSION = 1
 """Of the format; every line carries it."""
+LONGEST = 1 << 20
+"""Bytes of a line."""
 
 T = TypeVar("T")
 
@@ -29,8 +32,24 @@ def export_timings(store: Store, path: Path, device: DeviceIdentity | None = Non
         for where in ([device] if device else store.devices())
         for timing in store.load_timings(where)
     ]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    check_table(path)
+    replace_file(path, "".join(f"{line}\n" for line in lines).encode())
     return len(lines)
+
+
+def check_table(path: Path) -> None:
+    """Raises ValueError where timings cannot be written, or would replace another file."""
+    check_output(path, "a table of timings", _is_table)
+
+
+def _is_table(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.readline(LONGEST)
+    try:
+        _parse(first.decode())
+    except ValueError:
+        return False
+    return True
 
 
 def import_timings(store: Store, path: Path) -> int:

@@ -8,6 +8,7 @@ A change of schema, from the root of the repository, after editing `profiles/tab
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 HERE = Path(__file__).parent
 VERSION_TABLE = "attnplan_version"
 """Not alembic's default name: Optuna uses that one, in the same database."""
+_OPTUNA_TABLE = "studies"
+_MAGIC = b"SQLite format 3\0"
 WAIT_S = 60
 """How long a process waits for another one that writes to the same SQLite file."""
 _LOCK = 0x6174746E  # a PostgreSQL advisory lock: one process migrates at a time
@@ -48,6 +51,9 @@ def open_engine(url: str, *, create: bool = True) -> Engine:
     path = parsed.database
     if not create and parsed.get_backend_name() == "sqlite" and not Path(path or "").is_file():
         raise DatabaseError(f"there is no database at {path}; run `attnplan profile` first")
+    file = file_of(url)
+    if file is not None:
+        _check_file(file)
     try:
         engine = create_engine(parsed, json_serializer=_json)
     except ModuleNotFoundError as error:
@@ -142,6 +148,57 @@ def _parse(url: str) -> URL:
     if dialect not in ("sqlite", "postgresql"):
         raise DatabaseError(f"the store is SQLite or PostgreSQL, not {dialect}")
     return parsed
+
+
+def file_of(url: str) -> Path | None:
+    """The file of a SQLite database; None where it is in memory, or on a server.
+
+    Raises:
+        DatabaseError: this is no URL of a database.
+    """
+    parsed = _parse(url)
+    name = parsed.database or ":memory:"
+    if parsed.get_backend_name() != "sqlite" or name.startswith((":memory:", "file:")):
+        return None
+    return Path(name)
+
+
+def _check_file(path: Path) -> None:
+    """Raises DatabaseError where the database would be made in a file of something else.
+
+    The file is read without SQLite's locks and logs, which would leave their traces beside it.
+    """
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise DatabaseError(f"{path}: this file is no SQLite database; name another one")
+        tables = _tables(path)
+        if tables and not tables & {VERSION_TABLE, _OPTUNA_TABLE}:
+            raise DatabaseError(
+                f"{path}: this database is another program's, its table {min(tables)} already "
+                "exists; name another one"
+            )
+        return
+    for suffix in ("-wal", "-shm", "-journal"):
+        beside = path.with_name(path.name + suffix)
+        if os.path.lexists(beside):
+            raise DatabaseError(
+                f"{beside} is in the way: SQLite would replace it; name another database"
+            )
+
+
+def _tables(path: Path) -> set[str]:
+    """Names of a SQLite file's tables; none where somebody is writing to it just now."""
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)
+    try:
+        return {
+            row[0]
+            for row in connection.execute("select name from sqlite_master where type = 'table'")
+        }
+    except sqlite3.DatabaseError:
+        return set()
+    finally:
+        connection.close()
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:
