@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from attnplan.continuation import Continuation, decode_ms, peak_bytes
 from attnplan.evaluate import Reference, induction_accuracy, kv_bytes, original, prefill_latency
 from attnplan.models import LoadedModel
-from attnplan.patch import applied, patched_stats
+from attnplan.patch import applied
 from attnplan.plan import Plan
 from attnplan.profiling import COPIED
 from attnplan.retrieval import PROBED, retrieval
-from attnplan.runtime import PLANNED
 from attnplan.verify import density
 
 
@@ -43,32 +42,26 @@ def assess(
         advance: called after each unit of work.
 
     Returns:
-        Plain values: kl_per_token, perplexity, perplexity_dense, tokens, density, latency_ms
-        {plan, dense}, speedup, kv_bytes {plan, dense} after the prefill, peak_bytes {plan, dense}
-        of all tensors that the prefill and a few tokens more allocate, continuation_kl per token
-        once the past is condensed, decode_ms_per_token {plan, dense}, induction_accuracy
-        {plan, dense}, retrieval {plan, dense} of facts hidden in the text (null for a plan that
-        keeps everything, or a short text), planned_layers (how many layers ran the plan at this
-        length, the others dense).
+        Plain values: kl_per_token, kl_last_quarter of the positions, perplexity, perplexity_dense,
+        tokens, density, latency_ms {plan, dense}, speedup, kv_bytes {plan, dense} after the
+        prefill, peak_bytes {plan, dense} of all tensors that the prefill and a few tokens more
+        allocate, continuation_kl per token once the past is condensed, decode_ms_per_token {plan,
+        dense}, induction_accuracy {plan, dense}, retrieval {plan, dense} of facts hidden in the
+        text (null for a plan that keeps everything, or a short text), planned_layers (how many
+        layers ran the plan at this length, the others dense).
+
+    Raises:
+        ValueError: the plan did not act where it should have (see `Reference.quality`).
     """
     model, context = loaded.model, int(sequences.shape[1])
-    ran: list[int] = []
 
-    @contextmanager
-    def planned() -> Iterator[None]:
-        if plan is None:
-            ran.append(0)
-            yield
-            return
-        with applied(model, plan, force=force):
-            yield
-            stats = patched_stats(model)
-            ran.append(sum(1 for counts in stats.values() if counts.get(PLANNED)))
+    def planned() -> AbstractContextManager[Any]:
+        return original() if plan is None else applied(model, plan, force=force)
 
     reference = Reference(model, sequences)
     continuation = Continuation(reference)
     quality = reference.quality(planned, lambda: advance("held-out text"))
-    planned_layers = ran[0]
+    planned_layers = quality.planned_layers or 0
     advance("induction")
     length = induction_length(plan, context)
     copied = {
@@ -88,6 +81,7 @@ def assess(
     timing = prefill_latency(model, planned, text, repeats=repeats)
     return {
         "kl_per_token": quality.kl_per_token,
+        "kl_last_quarter": quality.kl_last_quarter,
         "perplexity": quality.perplexity,
         "perplexity_dense": quality.perplexity_dense,
         "tokens": quality.tokens,

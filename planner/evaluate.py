@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnplan.acting import Act, acting, refuse_without_effect
 from attnplan.cache import stored_bytes
 from attnplan.kernels.benchmark import Timing, interleaved, median_ms
 from attnplan.profiles.capture import logits_of
-from attnplan.profiles.output_head import Body, output_head, run_body
+from attnplan.profiles.output_head import Body, output_head, overflowing, run_body
 from attnplan.search.evaluation import finite_kl
 
 CHUNK = 512
@@ -40,6 +41,9 @@ class Quality:
         perplexity, perplexity_dense: of the next token of the text.
         tokens: positions compared.
         kl_by_sequence: mean KL of every sequence.
+        kl_last_quarter: mean over the last quarter of each sequence, where most is left out; None
+            in what was stored before it was measured.
+        planned_layers: how many layers ran the plan, the others dense; None where unknown.
     """
 
     kl_per_token: float
@@ -48,10 +52,30 @@ class Quality:
     perplexity_dense: float
     tokens: int
     kl_by_sequence: tuple[float, ...]
+    kl_last_quarter: float | None = None
+    planned_layers: int | None = None
 
     @property
     def perplexity_ratio(self) -> float:
         return self.perplexity / self.perplexity_dense
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One sequence under a plan and as the original model sees it.
+
+    Attributes:
+        kl: mean over the compared positions, in nats; BROKEN_KL where something overflowed.
+        last_quarter: of the positions in the last quarter of the text.
+        loss, loss_dense: mean -log p(next token of the text).
+        act: what ran.
+    """
+
+    kl: float
+    last_quarter: float
+    loss: float
+    loss_dense: float
+    act: Act
 
 
 class Reference:
@@ -80,34 +104,47 @@ class Reference:
         return self._states[index]
 
     def compare(self, applied: Applied, index: int, stride: int = 1) -> tuple[float, float, float]:
-        """Mean KL and mean log-losses (planned, original) of one sequence.
+        """Mean KL and mean log-losses (planned, original) of one sequence; see `comparison`."""
+        found = self.comparison(applied, index, stride)
+        return found.kl, found.loss, found.loss_dense
 
-        What is not finite, because something overflowed, is BROKEN_KL.
+    def comparison(self, applied: Applied, index: int, stride: int = 1) -> Comparison:
+        """Compare one sequence.
+
+        What is not finite under the plan, because something overflowed, is BROKEN_KL.
 
         Args:
             applied: a context in which the model runs under the plan.
             index: which sequence.
             stride: compare every `stride`-th position only; the plan still runs on all.
+
+        Raises:
+            ValueError: a layer did not run the plan that it has for this length, or the original
+                model overflows.
         """
         original = self.states(index)
-        with applied():
+        with applied(), acting(self.model, original.shape[1]) as act:
             body = body_of(self.model, self.sequences[index])
         planned = body.last_hidden_state
         labels = self.sequences[index].to(original.device)
-        sums = torch.zeros(3, dtype=torch.float64)
         compared = torch.arange(stride - 1, planned.shape[1] - 1, stride, device=labels.device)
         if not len(compared):
             compared = torch.arange(planned.shape[1] - 1, device=labels.device)
+        rows = []
         with torch.no_grad(), logits_of(self.model, body) as logits:
             for some in compared.split(CHUNK):
                 p = logits(original[:, some])[0].float().log_softmax(-1)
                 q = logits(planned[:, some])[0].float().log_softmax(-1)
                 target = labels[some + 1][:, None]
-                losses = [-x.gather(1, target).double().sum().cpu() for x in (q, p)]
-                kl = ((p - q) * p.exp()).sum(-1).double().sum().cpu()
-                sums += torch.stack([kl, *losses])
-        means = (sums / len(compared)).tolist()
-        return finite_kl(means[0]), finite_kl(means[1]), finite_kl(means[2])
+                losses = [-x.gather(1, target)[:, 0] for x in (q, p)]
+                rows.append(torch.stack([kl_rows(p, q), *losses], 1).double().cpu())
+        found = torch.cat(rows)
+        if not bool(found[:, 2].isfinite().all()):
+            raise ValueError(overflowing(self.model))
+        late = found[compared.cpu() >= planned.shape[1] * 3 // 4]
+        kl, loss, loss_dense = found.mean(0).tolist()
+        last = float((late if len(late) else found)[:, 0].mean())
+        return Comparison(finite_kl(kl), finite_kl(last), finite_kl(loss), loss_dense, act)
 
     def divergence(self, body: Body, original: Tensor, planned: Tensor) -> float:
         """Mean KL(original || planned) between final hidden states, in nats per token.
@@ -120,26 +157,40 @@ class Reference:
         with torch.no_grad(), logits_of(self.model, body) as logits:
             for some in torch.arange(original.shape[1], device=original.device).split(CHUNK):
                 p, q = (logits(x[:, some])[0].float().log_softmax(-1) for x in (original, planned))
-                total += float(((p - q) * p.exp()).sum(-1).double().sum())
+                total += float(kl_rows(p, q).double().sum())
         return finite_kl(total / original.shape[1])
 
     def quality(self, applied: Applied, progress: Callable[[], None] = lambda: None) -> Quality:
-        """Compare on all sequences and positions; `progress` is called after each sequence."""
+        """Compare on all sequences and positions; `progress` is called after each sequence.
+
+        Raises:
+            ValueError: the plan did not act (see `comparison`): it leaves something out, but KL is
+                exactly 0 everywhere.
+        """
         rows = []
         for index in range(len(self.sequences)):
-            rows.append(self.compare(applied, index))
+            rows.append(self.comparison(applied, index))
             progress()
-        kls, planned, original = zip(*rows, strict=True)
+        kls = [row.kl for row in rows]
+        if not any(kls):
+            refuse_without_effect(self.model, rows[0].act)
         count = len(rows)
         spread = statistics.stdev(kls) / count**0.5 if count > 1 else None
         return Quality(
             statistics.fmean(kls),
             spread,
-            math.exp(statistics.fmean(planned)),
-            math.exp(statistics.fmean(original)),
+            math.exp(statistics.fmean(row.loss for row in rows)),
+            math.exp(statistics.fmean(row.loss_dense for row in rows)),
             count * (self.sequences.shape[1] - 1),
             tuple(kls),
+            statistics.fmean(row.last_quarter for row in rows),
+            rows[0].act.layers,
         )
+
+
+def kl_rows(p: Tensor, q: Tensor) -> Tensor:
+    """KL of each row from log-probabilities [rows, vocabulary]; ids that p rules out count 0."""
+    return torch.where(p.isneginf(), 0, (p - q) * p.exp()).sum(-1)
 
 
 @torch.no_grad()
@@ -162,7 +213,7 @@ def induction_accuracy(
         seed: of the random tokens.
 
     Raises:
-        ValueError: no room for two tokens twice.
+        ValueError: no room for two tokens twice, or the plan did not act (see `acting`).
     """
     half = length // 2
     if half < 2:
@@ -176,7 +227,7 @@ def induction_accuracy(
         once = torch.randint(low, high, (half,), generator=generator)
         tokens = torch.cat([once, once])
         output_head(model, tokens)
-        with applied():
+        with applied(), acting(model, len(tokens)):
             body = body_of(model, tokens)
         with logits_of(model, body) as logits:
             for some in torch.arange(half, 2 * half - 1).split(CHUNK):

@@ -31,7 +31,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from attnplan.profiles.output_head import Body, output_head, replaced_forward, run_body
+from attnplan.profiles.output_head import (
+    Body,
+    output_head,
+    overflowing,
+    replaced_forward,
+    run_body,
+)
 
 NAME = "attnplan_capture"
 CHUNK = 512
@@ -122,8 +128,8 @@ def capture(
             activations; None decides by size.
 
     Raises:
-        ValueError: no tokens, no causal language model (see `output_head`), or a model whose
-            attention this cannot capture faithfully (no
+        ValueError: no tokens, no causal language model (see `output_head`), logits that are not
+            finite, or a model whose attention this cannot capture faithfully (no
             AttentionInterface, not causal, sliding windows shorter than the text, soft-capped
             scores, learned sinks, position biases).
     """
@@ -195,6 +201,8 @@ def _backward(model: Any, body: Body, seed: int) -> Tensor:
             rows = slice(first, min(first + CHUNK, count))
             leaf = states[:, rows].detach().requires_grad_()
             scores = logits(leaf)[0].float()
+            if bool(scores.isnan().any() | scores.isposinf().any()):
+                raise ValueError(overflowing(model))
             chosen = sample(scores, uniform[rows])
             loss = torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
             (upstream[:, rows],) = torch.autograd.grad(loss, leaf)

@@ -117,6 +117,15 @@ def run_body(model: Any, tokens: Tensor, *, cache: Any = None, cache_name: str =
     return Body(read[0], cache, head)
 
 
+def overflowing(model: Any) -> str:
+    """Why nothing can be measured against a model whose own probabilities are not numbers."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"{type(model).__name__} in {dtype} gives probabilities that are not finite as it is: "
+        "nothing can be measured against them; use another dtype"
+    )
+
+
 @contextmanager
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` of one module inside the `with` block."""
@@ -155,10 +164,7 @@ def _proved(model: Any, tokens: Tensor) -> OutputHead:
             f"measuring predictions needs a causal language model, got {type(model).__name__}"
         )
     if bool(own.isnan().any() | own.isposinf().any()):
-        raise ValueError(
-            f"{type(model).__name__} in {_dtype(own)} gives logits that are not finite as it is: "
-            "nothing can be measured against them; use another dtype"
-        )
+        raise ValueError(overflowing(model))
     number = _head_call(model, calls, own)
     call = calls[number]
     if not isinstance(call.read, Tensor) or call.read.shape[:2] != ids.shape:
@@ -243,10 +249,6 @@ def _device(model: Any) -> torch.device:
 
 def _place(model: Any) -> tuple[Any, ...]:
     return id(model.get_output_embeddings()), model.dtype, _device(model)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _strange(model: Any, why: str) -> str:
