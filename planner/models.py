@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from attnplan.attention_sites import attention_sites
+from attnplan.loading import check_loaded, check_no_adapter
 from attnplan.plan import ModelIdentity
 from attnplan.plan_yaml import plain
 
@@ -89,10 +91,19 @@ def load_weights(
         check_device(device)
     else:
         options["device_map"] = device_map
+    parsed = parse_dtype(dtype)
+    check_no_adapter(name, Path(source))
     with _one_sentence(name):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code, **options
+        model: PreTrainedModel
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=parsed,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told in one sentence by `check_loaded`
+            **options,
         )
+    check_loaded(model, name, info)
     if "gguf_file" in options:
         # transformers has dequantised the weights, but goes on calling the model quantised.
         model.config.__dict__.pop("quantization_config", None)
@@ -237,12 +248,18 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
+_UNLOADABLE = (
+    *(OSError, ValueError, ImportError, SafetensorError),
+    *(RuntimeError, UnpicklingError, EOFError),  # of checkpoints that torch.save wrote
+)
+
+
 @contextmanager
 def _one_sentence(name: str) -> Iterator[None]:
     """What transformers has to say about a model that it cannot load, in one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except _UNLOADABLE as error:
         told = " ".join(str(error).split())
         if isinstance(error, OSError) and ("connect" in told or "not a valid model id" in told):
             told = (
