@@ -43,9 +43,12 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
         ValueError: the model does not go through AttentionInterface, or does something with its
             scores that the plan path would not honour.
     """
-    if model not in _SITES:
-        _SITES[model] = _find_sites(model)
-    return _SITES[model]
+    modules, sites = _SITES.get(model, ((), ()))
+    now = tuple(id(module) for module in model.modules())
+    if now != modules:
+        sites = _find_sites(model)
+        _SITES[model] = now, sites
+    return sites
 
 
 @contextmanager
@@ -74,18 +77,19 @@ def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
 
 def set_implementation(model: PreTrainedModel, name: str) -> None:
     """Raises ValueError where the model's attention cannot be switched."""
-    refusal = ValueError(
-        f"{type(model).__name__} does not use AttentionInterface; attnplan needs a model whose "
-        "attention implementation can be switched"
-    )
-    if not model._can_set_attn_implementation():
-        raise refusal
-    model.set_attn_implementation(name)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise refusal
+        raise ValueError(
+            f"{type(model).__name__} does not use AttentionInterface; attnplan needs a model whose "
+            "attention implementation can be switched"
+        )
 
 
-_SITES: WeakKeyDictionary[PreTrainedModel, tuple[AttentionSite, ...]] = WeakKeyDictionary()
+_SITES: WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], tuple[AttentionSite, ...]]] = (
+    WeakKeyDictionary()
+)
+"""Of each model: the ids of its modules, and what was found in them."""
 _PROBE = "attnplan_probe"
 _Call = tuple[nn.Module, tuple[int, ...], int, dict[str, Any]]
 _CALLS: ContextVar[list[_Call]] = ContextVar("attention calls")

@@ -311,7 +311,7 @@ class _Side:
             kept = {i: (row, fitted.get(layer.layer, {})) for i, layer in enumerate(layers)}
             convert(self.cache, kept)
         if row is not None:
-            state = runtime.ModelState.of([], {}, [], 1, keepers=(row,) if row else ())
+            state = runtime.ModelState.of([], {}, 1, keepers=(row,) if row else ())
             setattr(self.module, runtime.ATTRIBUTE, runtime.LayerState(state, 0))
             self.attention = runtime.attention
         for i, layer in enumerate(layers):

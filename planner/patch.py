@@ -7,7 +7,7 @@
 
 Importing this module also registers `attnplan` with transformers, so that
 `from_pretrained(..., attn_implementation="attnplan")` works for a model directory that holds its
-plan as `attnplan.yaml` (see attnplan.runtime).
+plan as `attnplan.yaml` (see attnplan.adoption).
 """
 
 from __future__ import annotations
@@ -16,20 +16,40 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from attnplan.attention_sites import attention_sites, implementations, set_implementation
+from attnplan.adapters import is_adapted, model_inside
+from attnplan.adoption import planned_afterwards
+from attnplan.attention_sites import attention_sites
 from attnplan.cache import convert
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keeper import Keeper
 from attnplan.models import identity, load_weights
-from attnplan.plan import Assignment, Fitted, Plan, PlanError
-from attnplan.runtime import ATTRIBUTE, NAME, LayerState, ModelState, check_sliding
+from attnplan.own_configurations import GivenName, choose, chosen, join, separate
+from attnplan.plan import Fitted, Plan, PlanError
+from attnplan.runtime import (
+    ADAPTED,
+    ATTRIBUTE,
+    CHANGED,
+    ELSEWHERE,
+    NAME,
+    VERIFY,
+    LayerState,
+    ModelState,
+    check_sliding,
+)
+from attnplan.saving import save_pretrained
+from attnplan.weight_marks import WeightMark, place_of
+
+Model = TypeVar("Model", bound=nn.Module)
+"""A transformers model, or one in wrappers such as PeftModel, which is then planned inside."""
 
 
 def load(
@@ -61,26 +81,27 @@ def load(
     if device is None:
         there = plan.target.kind == "cuda" and torch.cuda.is_available()
         device = "cuda" if there else "cpu"
-    model = load_weights(
-        model_id,
-        dtype=plan.target.dtype if dtype is None else dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
-    )
+    with planned_afterwards():
+        model = load_weights(
+            model_id,
+            dtype=plan.target.dtype if dtype is None else dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+        )
     return patch(model, plan, force=force)
 
 
-def patch(
-    model: PreTrainedModel, plan: Plan | str | Path, *, force: bool = False
-) -> PreTrainedModel:
+def patch(model: Model, plan: Plan | str | Path, *, force: bool = False) -> Model:
     """Run `model` under `plan` from now on.
 
     All checks come before the first change. A model on another kind of device, or in another dtype,
-    than the plan was measured with gets a warning and runs dense.
+    than the plan was measured with gets a warning and runs dense, and so do calls after such a
+    change. Adapters, and weights that change later, are told of once: the plan was verified
+    without them.
 
     Args:
-        model: changed in place.
+        model: changed in place; of a wrapper such as PeftModel, the model inside.
         plan: the plan or its file.
         force: run the plan on another device or in another dtype too.
 
@@ -92,32 +113,43 @@ def patch(
         ValueError: attnplan cannot plan this model.
     """
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-    found = identity(model)
+    inner = model_inside(model)
+    found = identity(inner)
     difference = found.difference(plan.model)
     if difference is not None:
         raise PlanError(f"the plan is for {plan.model.name}, not for {found.name}: {difference}")
     plan.check_fitted()
-    here = (model.device.type, str(model.dtype).removeprefix("torch."))
-    elsewhere = here != (plan.target.kind, plan.target.dtype) and not force
     sections = [(section.context, section.layers) for section in plan.prefill]
-    _apply(model, sections, plan.fitted, elsewhere, plan.keepers)
-    if elsewhere:
+    state = ModelState.of(sections, plan.fitted, found.layers, plan.keepers)
+    state.plan = plan
+    here = (inner.device.type, str(inner.dtype).removeprefix("torch."))
+    target = (plan.target.kind, plan.target.dtype)
+    if not force:
+        first = inner.get_submodule(attention_sites(inner)[0].name)
+        # Attention may compute in another dtype than the model says, and does so where it is right.
+        state.home = place_of(first) if here == target else target
+    _apply(inner, state)
+    if here != target and not force:
+        state.warned.add(ELSEWHERE)
         warnings.warn(
             f"attnplan: the plan was made for {plan.target.kind} in {plan.target.dtype}, this "
             f"model is on {here[0]} in {here[1]}; dense attention runs instead, unless force=True",
             stacklevel=2,
         )
+    if is_adapted(inner):
+        state.warned.add(CHANGED)
+        warnings.warn(f"attnplan: {ADAPTED}; {VERIFY}", stacklevel=2)
     return model
 
 
 def patch_assignment(
-    model: PreTrainedModel,
+    model: Model,
     layers: Sequence[Sequence[Approximation]],
     fitted: Fitted | None = None,
     *,
     context: tuple[int, int | None] = (1, None),
     keepers: Sequence[Sequence[Keeper]] = (),
-) -> PreTrainedModel:
+) -> Model:
     """Run an assignment without a plan, as search and evaluation do.
 
     Args:
@@ -132,38 +164,41 @@ def patch_assignment(
     """
     assignment = tuple(tuple(row) for row in layers)
     kept = tuple(tuple(row) for row in keepers)
-    _apply(model, [(context, assignment)], fitted or {}, False, kept)
+    _apply(
+        model_inside(model),
+        ModelState.of([(context, assignment)], fitted or {}, len(assignment), kept),
+    )
     return model
 
 
-def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+def unpatch(model: Model) -> Model:
     """Leave the model exactly as it was before it was patched; no effect on an unpatched one."""
     state = _state(model)
     if state is not None:
-        for config, previous in state.previous:
-            config._attn_implementation_internal = previous
+        join(model, state.configurations)
         for module in model.modules():
             module.__dict__.pop(ATTRIBUTE, None)
-        _unhook(model)
+            if isinstance(module, PreTrainedModel):
+                _unhook(module)
     return model
 
 
 @contextmanager
-def applied(
-    model: PreTrainedModel, plan: Plan | str | Path, *, force: bool = False
-) -> Iterator[PreTrainedModel]:
+def applied(model: Model, plan: Plan | str | Path, *, force: bool = False) -> Iterator[Model]:
     """Run `model` under `plan` inside the `with` block, and leave it as it was afterwards."""
     before = _state(model)
+    names = [] if before is None else chosen(before.configurations)
+    patch(model, plan, force=force)
     try:
-        yield patch(model, plan, force=force)
+        yield model
     finally:
         if before is None:
             unpatch(model)
         else:
-            _attach(model, before)
+            _attach(model_inside(model), before, names)
 
 
-def patched_stats(model: PreTrainedModel) -> dict[int, dict[str, int]]:
+def patched_stats(model: nn.Module) -> dict[int, dict[str, int]]:
     """Layer to reason to calls: 'plan', or why dense attention ran (attnplan.runtime.REASONS).
 
     Raises:
@@ -172,20 +207,20 @@ def patched_stats(model: PreTrainedModel) -> dict[int, dict[str, int]]:
     return {layer: dict(counts) for layer, counts in enumerate(_patched(model).counts)}
 
 
-def reset_stats(model: PreTrainedModel) -> None:
+def reset_stats(model: nn.Module) -> None:
     """Start counting again."""
     for counts in _patched(model).counts:
         counts.clear()
 
 
-def _patched(model: PreTrainedModel) -> ModelState:
+def _patched(model: nn.Module) -> ModelState:
     state = _state(model)
     if state is None:
         raise ValueError(f"this {type(model).__name__} is not patched")
     return state
 
 
-def _state(model: PreTrainedModel) -> ModelState | None:
+def _state(model: nn.Module) -> ModelState | None:
     for module in model.modules():
         layer: LayerState | None = module.__dict__.get(ATTRIBUTE)
         if layer is not None:
@@ -193,46 +228,57 @@ def _state(model: PreTrainedModel) -> ModelState | None:
     return None
 
 
-def _apply(
-    model: PreTrainedModel,
-    sections: Sequence[tuple[tuple[int, int | None], Assignment]],
-    fitted: Fitted,
-    elsewhere: bool,
-    keepers: tuple[tuple[Keeper, ...], ...] = (),
-) -> None:
+def _apply(model: PreTrainedModel, state: ModelState) -> None:
     """Check, then change, then prove by a forward pass that the change took."""
+    _check_sizes(model, state)
+    _check_keepers(model, state.keepers)
     sites = attention_sites(model)
-    for _, assignment in sections:
-        if len(assignment) != len(sites):
-            raise PlanError(f"plan has {len(assignment)} layers, the model has {len(sites)}")
-        for layer, (row, site) in enumerate(zip(assignment, sites, strict=True)):
-            if len(row) != site.heads:
-                raise PlanError(
-                    f"layer {layer}: plan has {len(row)} heads, the model has {site.heads}"
-                )
-    before = _state(model)
-    previous = implementations(model) if before is None else before.previous
-    _check_keepers(model, keepers)
-    state = ModelState.of(sections, fitted, previous, len(sites), elsewhere, keepers)
     windows = {layer: site.sliding_window for layer, site in enumerate(sites)}
     check_sliding(state.contexts, state.kernels, windows)
-    if before is not None:
-        _attach(model, state)
-        return
+    before = _state(model)
+    if before is None:
+        names: list[str | None] = []
+        state.configurations = separate(model, [site.name for site in sites], NAME)
+    else:
+        names = chosen(before.configurations)
+        state.configurations = before.configurations
+    is_proved = before is not None and all(isinstance(name, GivenName) for name in names)
     try:
-        _attach(model, state)
-        set_implementation(model, NAME)
-        _dry_run(model, state)
+        _attach(model, state, [GivenName(NAME)] * len(state.configurations))
+        if not is_proved:
+            _dry_run(model, state)
     except BaseException:
-        unpatch(model)
+        if before is None:
+            unpatch(model)
+        else:
+            _attach(model, before, names)
         raise
 
 
-def _attach(model: PreTrainedModel, state: ModelState) -> None:
+def _check_sizes(model: PreTrainedModel, state: ModelState) -> None:
+    """Raises PlanError unless there is an approximation for every head of every layer."""
     sites = attention_sites(model)
+    for kernels in state.kernels:
+        if len(kernels) != len(sites):
+            raise PlanError(f"plan has {len(kernels)} layers, the model has {len(sites)}")
+        for layer, (kernel, site) in enumerate(zip(kernels, sites, strict=True)):
+            heads = len(kernel.assignment)
+            if heads != site.heads:
+                raise PlanError(
+                    f"layer {layer}: plan has {heads} heads, the model has {site.heads}"
+                )
+
+
+def _attach(model: PreTrainedModel, state: ModelState, names: Sequence[str | None]) -> None:
+    """Let a model run under a state, with these names as its attention implementations."""
+    sites = attention_sites(model)
+    choose(state.configurations, names)
     for layer, site in enumerate(sites):
-        setattr(model.get_submodule(site.name), ATTRIBUTE, LayerState(state, layer))
+        module = model.get_submodule(site.name)
+        mark = None if state.plan is None else WeightMark.of(module)
+        setattr(module, ATTRIBUTE, LayerState(state, layer, mark))
     _unhook(model)
+    model.__dict__["save_pretrained"] = partial(save_pretrained, model, state.plan)
     if state.keepers:
         modules = [model.get_submodule(site.name) for site in sites]
         layers = {
@@ -277,6 +323,7 @@ def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any]) -> None:
 
 
 def _unhook(model: PreTrainedModel) -> None:
+    model.__dict__.pop("save_pretrained", None)
     handle = model.__dict__.pop(_HOOKS, None)
     if handle is not None:
         handle.remove()
@@ -322,9 +369,7 @@ def _dry_run(model: PreTrainedModel, state: ModelState) -> None:
 class _CallableModule(ModuleType):
     """Lets `attnplan.patch` be this module and the function: Python binds submodules by name."""
 
-    def __call__(
-        self, model: PreTrainedModel, plan: Plan | str | Path, *, force: bool = False
-    ) -> PreTrainedModel:
+    def __call__(self, model: Model, plan: Plan | str | Path, *, force: bool = False) -> Model:
         return patch(model, plan, force=force)
 
 

@@ -4,20 +4,17 @@ Every planned attention module carries a `LayerState` in its attribute `_attnpla
 whose length is in the plan runs the layer's kernel; everything else goes to transformers' own SDPA
 path with the mask that SDPA would have got, and is counted with the reason.
 
-A model loaded with `from_pretrained(..., attn_implementation="attnplan")` (after
-`import attnplan.patch`) finds its plan on the first call: the file named by `config.attnplan_plan`,
-or `attnplan.yaml` in the model directory. An attention module does not know its model, so this
-route checks architecture and sizes but not the weights; `attnplan.load` checks all.
+A module without a state is one that plans are not about, such as the cross-attention of a patched
+model, or belongs to a model that was given the name `attnplan` and waits for its plan: see
+attnplan.adoption.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +26,10 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from attnplan.cache import LAYER, PlanLayer
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer import LayerKernel
+from attnplan.own_configurations import OwnConfiguration, is_given
 from attnplan.plan import Assignment, Fitted, Plan, PlanError
+from attnplan.profiles.capture import UNPLANNABLE
+from attnplan.weight_marks import Place, WeightMark, place_of
 
 NAME = "attnplan"
 ATTRIBUTE = "_attnplan"
@@ -44,6 +44,7 @@ BETWEEN = "between the plan's contexts"
 PADDING = "padding that is not on the left"
 MASK = "mask that is more than causal and padding"
 ELSEWHERE = "measured on another device or in another dtype"
+CHANGED = "other weights than the plan was made for"
 REASONS = (PLANNED, DENSE_LAYER, CONTINUED, KEPT, SHORT, LONG, BETWEEN, PADDING, MASK, ELSEWHERE)
 
 
@@ -54,20 +55,25 @@ class ModelState:
     Attributes:
         contexts: first and last length of each section, ascending; None for no upper limit.
         kernels: for each section, the kernel of each layer.
-        previous: the attention implementation of every configuration before patching.
         keepers: for each layer, what each kv head keeps while decoding; empty to keep everything.
         fitted: layer to what its methods were fitted with.
         elsewhere: the model is not where the plan was measured, and runs dense.
+        home: where attention computes when the model is where the plan was measured; None for
+            anywhere.
+        plan: what the model was patched with; None for a mere assignment.
+        configurations: what the model has for itself while it is patched.
         counts: for each layer, how many calls ran the plan, or dense for which reason.
         warned: reasons that were already told.
     """
 
     contexts: tuple[tuple[int, int | None], ...]
     kernels: tuple[tuple[LayerKernel, ...], ...]
-    previous: list[tuple[Any, str | None]]
     keepers: tuple[tuple[Keeper, ...], ...] = ()
     fitted: Fitted = field(default_factory=dict)
     elsewhere: bool = False
+    home: Place | None = None
+    plan: Plan | None = None
+    configurations: tuple[OwnConfiguration, ...] = ()
     counts: list[Counter[str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
 
@@ -76,9 +82,7 @@ class ModelState:
         cls,
         sections: Sequence[tuple[tuple[int, int | None], Assignment]],
         fitted: Fitted,
-        previous: list[tuple[Any, str | None]],
         layers: int,
-        elsewhere: bool = False,
         keepers: tuple[tuple[Keeper, ...], ...] = (),
     ) -> ModelState:
         """The state for some contexts with their assignments."""
@@ -88,8 +92,7 @@ class ModelState:
         )
         counts = [Counter[str]() for _ in range(layers)]
         contexts = tuple(c for c, _ in sections)
-        kept = () if elsewhere else keepers
-        return cls(contexts, kernels, previous, kept, fitted, elsewhere, counts)
+        return cls(contexts, kernels, keepers, fitted, counts=counts)
 
     def kernel(self, layer: int, length: int) -> tuple[LayerKernel | None, str]:
         """The kernel for a fresh prefill of `length` tokens, and the reason when there is none."""
@@ -106,22 +109,88 @@ class ModelState:
             reason = BETWEEN
         return None, LONG if self.contexts else DENSE_LAYER
 
-    def warn(self, reason: str, message: str) -> None:
+    def is_away(self, module: nn.Module) -> bool:
+        """Whether a module is elsewhere than its plan was measured; told once."""
+        place = None if self.home is None else place_of(module)
+        if self.home is None or place is None or place == self.home:
+            return False
+        assert self.plan is not None
+        target = self.plan.target
+        self.warn(
+            ELSEWHERE,
+            f"the plan was made for {target.kind} in {target.dtype}, this model is on {place[0]} "
+            f"in {place[1]}",
+            "dense attention runs instead, unless force=True",
+        )
+        return True
+
+    def warn(self, reason: str, message: str, then: str = "dense attention runs instead") -> None:
         """Say it once per patched model."""
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(f"attnplan: {message}; dense attention runs instead", stacklevel=3)
+            warnings.warn(f"attnplan: {message}; {then}", stacklevel=3)
 
 
 @dataclass
 class LayerState:
-    """Which layer of which patched model a module is."""
+    """Which layer of which patched model a module is.
+
+    Attributes:
+        model, layer: the plan, and the layer's number in it.
+        mark: the weights that the plan was checked against; None where none were checked.
+    """
 
     model: ModelState
     layer: int
+    mark: WeightMark | None = None
+
+    def look(self, module: nn.Module) -> LayerState:
+        """What runs where the module is now: this, or the same counters with dense attention."""
+        if not self.model.is_away(module):
+            return self
+        return LayerState(replace(self.model, elsewhere=True, keepers=()), self.layer)
+
+    def look_at_weights(self, module: nn.Module) -> None:
+        """Say it once where the weights are no longer those that the plan was checked against.
+
+        Single tokens that continue a text are not worth the look; only the first layer, which
+        speaks for the others, has its contents sampled each time.
+        """
+        if self.mark is None or self.mark.is_current(module, thorough=self.layer == 0):
+            return
+        before, self.mark = self.mark, WeightMark.of(module)
+        if not before.is_same(self.mark):
+            self.model.warn(
+                CHANGED,
+                ADAPTED
+                if self.mark.is_adapted
+                else "the weights have changed since the plan was checked against them",
+                VERIFY,
+            )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+ADAPTED = "adapters are on top of the weights that the plan was verified with"
+VERIFY = "it runs all the same: verify it again with `attnplan evaluate`"
+
+
+def refuse_tracing() -> None:
+    """Raises ValueError where attention is recorded as a program instead of being run.
+
+    What runs depends on the length of the text, and the kernels are not torch's: the program would
+    be another model.
+    """
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if traced or torch.compiler.is_exporting():
+        raise ValueError(REFUSED_TRACING)
+
+
+REFUSED_TRACING = (
+    "attnplan: a planned model cannot be exported or traced, because what runs depends on the "
+    "length of the text; use attnplan.unpatch(model) first, or torch.compile"
+)
+
+
+@torch.compiler.disable(reason=REFUSED_TRACING)  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -148,11 +217,18 @@ def attention(
         [batch, queries, heads, value_dim], and no weights.
 
     Raises:
-        ValueError: attention weights or gradients were asked of approximate attention.
+        ValueError: attention weights or gradients were asked of approximate attention, or the model
+            is being exported.
     """
-    state: LayerState | None = getattr(module, ATTRIBUTE, None)
+    state: LayerState | None = getattr(module, ATTRIBUTE, None) or _adopted(module)
     if state is None:
-        state = _adopt(module, options.get("sliding_window"))
+        return _unplanned(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+        )
+    refuse_tracing()
+    if query.shape[2] > 1 and not query.requires_grad:
+        state.look_at_weights(module)
+    state = state.look(module)
     if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
         # A fresh prefill into a static cache, whose keys after the queries are empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -315,59 +391,38 @@ def _square(padding: Tensor, queries: int) -> Tensor:
     return square
 
 
-_ADOPTED: weakref.WeakValueDictionary[int, ModelState] = weakref.WeakValueDictionary()
-"""By the id of the configuration, which the state keeps alive; the modules keep the state alive."""
-
-
-def _adopt(module: nn.Module, sliding_window: int | None) -> LayerState | None:
-    """The plan of a model that was loaded with attn_implementation="attnplan".
-
-    Returns:
-        None for modules that plans are not about: those that are not causal, or have no layer.
-
-    Raises:
-        PlanError: no plan, or one that does not fit.
-    """
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int) or getattr(module, "is_causal", True) is False:
+def _adopted(module: nn.Module) -> LayerState | None:
+    """The state of a module whose model was given our name on the way, now that it has its plan."""
+    if is_given(module):
         return None
-    config: Any = module.config
-    state = _ADOPTED.get(id(config))
-    if state is None:
-        state = _ADOPTED[id(config)] = _state_of_config(config)
-    check_sliding(state.contexts, state.kernels, {layer: sliding_window})
-    adopted = LayerState(state, layer)
-    setattr(module, ATTRIBUTE, adopted)
-    return adopted
+    from attnplan.adoption import adopt_around
+
+    adopt_around(module)
+    state: LayerState | None = getattr(module, ATTRIBUTE, None)
+    return state
 
 
-def _state_of_config(config: Any) -> ModelState:
-    path = getattr(config, "attnplan_plan", None) or Path(config._name_or_path) / "attnplan.yaml"
-    if not Path(path).is_file():
-        raise PlanError(
-            f"there is no plan at {path}: put attnplan.yaml into the model directory, set "
-            "config.attnplan_plan, or use attnplan.load"
-        )
-    plan = Plan.load(path)
-    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    sizes = {
-        "architecture": (config.architectures or [plan.model.architecture])[0],
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "kv_heads": kv_heads,
-    }
-    for name, size in sizes.items():
-        if getattr(plan.model, name) != size:
-            raise PlanError(
-                f"{path} is for {plan.model.name} with {name} {getattr(plan.model, name)}; this "
-                f"model has {size}"
+def _unplanned(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a module that no plan is about: what SDPA computes; see `attention`."""
+    for option in UNPLANNABLE:
+        if option != "position_bias" and options.get(option) is not None:
+            raise ValueError(
+                f"{type(module).__name__} in this patched model uses {UNPLANNABLE[option]}, which "
+                "SDPA would ignore; use attnplan.unpatch(model)"
             )
-    if plan.decode:
-        raise PlanError(
-            f"{path} stores less than the whole KV cache, which needs the model: use attnplan.load"
-        )
-    sections = [(section.context, section.layers) for section in plan.prefill]
-    return ModelState.of(sections, plan.fitted, [(config, "sdpa")], plan.model.layers)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attention_mask = _square(attention_mask, query.shape[2])
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **options
+    )
+    return found
 
 
 def check_sliding(

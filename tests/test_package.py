@@ -27,11 +27,14 @@ SEEN = {
 IMPORTERS = {
     "transformers": {
         "profiles/capture.py",
+        "planner/adapters.py",
+        "planner/adoption.py",
         "planner/attention_sites.py",
         "planner/console.py",
         "planner/decode_timing.py",
         "planner/encoder.py",
         "planner/models.py",
+        "planner/own_configurations.py",
         "planner/patch.py",
         "planner/cache.py",
         "planner/continuation.py",
