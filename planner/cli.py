@@ -64,15 +64,18 @@ def profile(
 ) -> None:
     """Measure what every attention head of a model does, into the store."""
     from attnplan.profiles.database import Store
-    from attnplan.profiling import capture_files, run_key
+    from attnplan.profiling import captures
     from attnplan.profiling import profile as run_profile
 
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
-    with Store(db) as store, Stages() as progress:
+    with (
+        Store(db) as store,
+        captures(loaded, work, CAPTURES, keep=True) as files,
+        Stages() as progress,
+    ):
         progress.stage("Profiling", work.texts + 1)
-        files = capture_files(run_key(loaded, work), CAPTURES)
         run = run_profile(loaded, work, store, files, progress.advance)
         heads = store.head_profiles(run.id, arrays=False)
     _print_profile(run.id, heads)
@@ -129,7 +132,7 @@ def search(
     from attnplan.planning import plan as run_plan
     from attnplan.profiles.calibration import load_sequences
     from attnplan.profiles.database import Store
-    from attnplan.profiling import capture_files, run_key
+    from attnplan.profiling import captures
     from attnplan.search.budget import Budget, parse_latency, parse_memory
     from attnplan.search.candidates import parse_methods
     from attnplan.target import check_target
@@ -184,8 +187,7 @@ def search(
         )
         return
     request = Request(budget, trials, swaps, repeats, seed, only, target)
-    with Store(db) as store, Stages() as progress:
-        files = capture_files(run_key(loaded, work), CAPTURES)
+    with Store(db) as store, captures(loaded, work, CAPTURES) as files, Stages() as progress:
         outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)
         if outcome.plan is not None:
             _write(loaded, outcome, work, held_out, budget, store, out)
@@ -375,7 +377,7 @@ def compare(
     from attnplan import league_page
     from attnplan.league import HEADERS, league, lines
     from attnplan.profiles.database import Store
-    from attnplan.profiling import capture_files, run_key
+    from attnplan.profiling import captures
 
     if out is not None:
         league_page.check(out)
@@ -383,8 +385,7 @@ def compare(
     loaded, work = _workload(
         model, data, context, sequences, seed, device, dtype, trust_remote_code
     )
-    with Store(db) as store, Stages() as progress:
-        files = capture_files(run_key(loaded, work), CAPTURES)
+    with Store(db) as store, captures(loaded, work, CAPTURES) as files, Stages() as progress:
         entries = league(loaded, work, store, files, density, repeats=repeats, progress=progress)
     if out is not None:
         title = f"{model}: all methods at {context} tokens, density at most {density:g}"
@@ -583,7 +584,7 @@ def _search_memory(
     from attnplan.planning import Request
     from attnplan.planning import plan as run_plan
     from attnplan.profiles.database import Store
-    from attnplan.profiling import capture_files, run_key
+    from attnplan.profiling import captures
     from attnplan.remembering import remember
     from attnplan.report import (
         MEMORY_HEADERS,
@@ -594,8 +595,7 @@ def _search_memory(
     )
 
     prefill, missed = None, ""
-    with Store(db) as store, Stages() as progress:
-        files = capture_files(run_key(loaded, work), CAPTURES)
+    with Store(db) as store, captures(loaded, work, CAPTURES) as files, Stages() as progress:
         if budget.max_density is not None or budget.max_latency is not None:
             request = Request(
                 replace(budget, max_memory=None, max_decode=None),
@@ -624,7 +624,6 @@ def _search_memory(
                 progress=progress,
             )
             missed = "; ".join(memory.misses)
-        files.discard()
     if not missed:
         with_memory(loaded, memory, work, held_out, budget, prefill).save(out)
         if json_:
@@ -682,16 +681,15 @@ def _kind_of_times(costs: Any) -> str:
 
 def _bench(loaded: Any, work: Any, store: Any, repeats: int, methods: str | None) -> None:
     from attnplan.explain import timing_rows
-    from attnplan.profiling import capture_files, profile, run_key
+    from attnplan.profiling import captures, profile
     from attnplan.search.candidates import candidates, parse_methods
     from attnplan.timing import measure_device
 
     only = None if methods is None else parse_methods(methods)
     context = work.context
     shape = loaded.identity.prefill_shape(context)
-    with Stages() as progress:
+    with captures(loaded, work, CAPTURES) as files, Stages() as progress:
         progress.stage("Profiling", 2)
-        files = capture_files(run_key(loaded, work), CAPTURES)
         run = profile(loaded, work, store, files, progress.advance)
         progress.stage(f"Timing at {context}", None)
         costs = measure_device(
@@ -703,7 +701,6 @@ def _bench(loaded: Any, work: Any, store: Any, repeats: int, methods: str | None
             repeats=repeats,
             advance=progress.advance,
         )
-        files.discard()
     headers, rows = timing_rows(store, loaded, costs, shape)
     print_table(f"{costs.device.name}, {context} tokens", headers, rows)
     print(costs.told_error)
@@ -713,15 +710,13 @@ def _bench_decode(loaded: Any, work: Any, store: Any, repeats: int) -> None:
     from attnplan.decode_timing import STEPS, time_keepers
     from attnplan.explain import DECODE_HEADERS, decode_rows
     from attnplan.kernels import keepers
-    from attnplan.profiling import capture_files, fitted_tensors, profile, run_key
+    from attnplan.profiling import captures, fitted_tensors, profile
     from attnplan.timing import this_device
 
     rows = [(k,) * loaded.identity.kv_heads for k in keepers.choices(work.context)]
-    with Stages() as progress:
+    with captures(loaded, work, CAPTURES) as files, Stages() as progress:
         progress.stage("Profiling", 2)
-        files = capture_files(run_key(loaded, work), CAPTURES)
         run = profile(loaded, work, store, files, progress.advance)
-        files.discard()
         progress.stage(f"Timing tokens after {work.context}", len(rows))
         timings = time_keepers(
             loaded,

@@ -7,7 +7,8 @@ for scoring only: copying is what approximations break first, and prose hardly s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,35 @@ def capture_files(key: records.RunKey, folder: Path) -> CaptureFiles:
     return CaptureFiles(folder / name[:16])
 
 
+@contextmanager
+def captures(
+    loaded: LoadedModel, work: Workload, folder: Path, *, keep: bool = False
+) -> Iterator[CaptureFiles]:
+    """Captured tensors of a run, deleted at the end of the block.
+
+    They stay where the block is interrupted: the same command goes on with them.
+
+    Args:
+        loaded: the model.
+        work: calibration texts.
+        folder: for the captured tensors of all runs.
+        keep: leave them to the next run on the same model and texts.
+    """
+    files = capture_files(run_key(loaded, work), folder)
+    try:
+        yield files
+    except Exception:
+        files.discard()
+        raise
+    else:
+        if not keep:
+            files.discard()
+    finally:
+        files.release()
+        with suppress(OSError):
+            folder.rmdir()  # where it is empty
+
+
 def profile(
     loaded: LoadedModel,
     work: Workload,
@@ -140,6 +170,7 @@ def profile(
             # a method is newer than the profile: what it fits comes from the stored statistics
             store.save_fitted(run.id, _fitted(_merged(store, run.id)))
         return run
+    files.claim()
     for index in range(work.texts):
         if index in store.shards_done(run.id):
             continue

@@ -164,6 +164,7 @@ class _Job:
                 store.save_scores(run, text, layer, self.asked, [])
             return
         if not self.files.has(text):
+            self.files.claim()  # before the work, where it cannot be had
             self.files.save(text, captured_text(self.loaded, self.work, text))
         fitted = fitted_tensors(store, run)
         blocks = _blocks(self.work, text).to(device)
