@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,8 +17,8 @@ from attnplan.models import LoadedModel
 from attnplan.patch import applied
 from attnplan.plan import Plan
 from attnplan.profiling import COPIED
-from attnplan.retrieval import PROBED, retrieval
-from attnplan.verify import density
+from attnplan.retrieval import PROBED, SHORT, retrieval
+from attnplan.verify import density, unjudged
 
 
 def assess(
@@ -45,10 +46,11 @@ def assess(
         Plain values: kl_per_token, kl_last_quarter of the positions, perplexity, perplexity_dense,
         tokens, density, latency_ms {plan, dense}, speedup, kv_bytes {plan, dense} after the
         prefill, peak_bytes {plan, dense} of all tensors that the prefill and a few tokens more
-        allocate, continuation_kl per token once the past is condensed, decode_ms_per_token {plan,
-        dense}, induction_accuracy {plan, dense}, retrieval {plan, dense} of facts hidden in the
-        text (null for a plan that keeps everything, or a short text), planned_layers (how many
-        layers ran the plan at this length, the others dense).
+        allocate, continuation_kl per token and continuation_perplexity {plan, dense} of the end of
+        each text, decoded after a prompt, decode_ms_per_token {plan, dense}, induction_accuracy
+        {plan, dense}, retrieval {plan, dense} of facts hidden in the text (null for a plan that
+        keeps everything, or a short text), planned_layers (how many layers ran the plan at this
+        length, the others dense), notes (sentences on what did not act or could not be judged).
 
     Raises:
         ValueError: the plan did not act where it should have (see `Reference.quality`).
@@ -70,12 +72,19 @@ def assess(
     }
     found = None
     probes = retrieval(model, loaded.tokenizer, sequences[:PROBED], seed=seed)
-    if plan is not None and plan.decode and probes is not None:
+    keeps_less = plan is not None and bool(plan.decode)
+    if keeps_less and probes is not None:
         advance("retrieval")
-        found = {
-            "plan": asdict(probes.recall(planned)),
-            "dense": asdict(probes.recall(original)),
-        }
+        found = {"plan": probes.recall(planned), "dense": probes.recall(original)}
+    advance("continuation")
+    ends = [continuation.compare(planned, index) for index in range(len(sequences))]
+    notes = [
+        _prefill_note(plan, context, planned_layers),
+        _decode_note(plan, ends[0].condensed, continuation.tokens),
+        unjudged(copied["dense"]),
+        SHORT if keeps_less and probes is None else None,
+        None if found is None else found["dense"].unjudged(),
+    ]
     advance("prefill")
     text = sequences[0]
     timing = prefill_latency(model, planned, text, repeats=repeats)
@@ -96,16 +105,45 @@ def assess(
             "plan": peak_bytes(model, planned, text),
             "dense": peak_bytes(model, original, text),
         },
-        "continuation_kl": statistics.fmean(
-            continuation.kl(planned, index) for index in range(len(sequences))
-        ),
+        "continuation_kl": statistics.fmean(end.kl for end in ends),
+        "continuation_perplexity": {
+            "plan": math.exp(statistics.fmean(end.loss for end in ends)),
+            "dense": math.exp(statistics.fmean(end.loss_dense for end in ends)),
+        },
         "decode_ms_per_token": dict(
             zip(("plan", "dense"), decode_ms(model, planned, text), strict=True)
         ),
         "induction_accuracy": copied,
-        "retrieval": found,
+        "retrieval": found and {name: asdict(recall) for name, recall in found.items()},
         "planned_layers": planned_layers,
+        "notes": [note for note in notes if note is not None],
     }
+
+
+def _prefill_note(plan: Plan | None, context: int, planned_layers: int) -> str | None:
+    if plan is None or not plan.prefill or planned_layers:
+        return None
+    section = plan.section(context)
+    if section is None:
+        contexts = " and ".join("{} to {}".format(*one.context) for one in plan.prefill)
+        why = f"it is for {contexts} tokens, not for {context}"
+    elif all(head.is_dense for row in section.layers for head in row):
+        why = f"its heads are dense for {context} tokens"
+    else:
+        why = f"it was made for {plan.target.kind} in {plan.target.dtype}"
+    return f"no layer ran the plan, all ran dense: {why}"
+
+
+def _decode_note(plan: Plan | None, condensed: bool, tokens: int) -> str | None:
+    if plan is None or not plan.decode:
+        return None
+    if not condensed:
+        return "the plan condensed nothing: all tokens that were measured fit into its caches"
+    return (
+        "kl_per_token, perplexity and induction come from one pass over whole texts, which never "
+        f"reads a condensed cache; continuation_kl and continuation_perplexity decode {tokens} "
+        "tokens from it"
+    )
 
 
 def induction_length(plan: Plan | None, context: int) -> int:

@@ -232,7 +232,7 @@ def evaluate(
         loaded.tokenizer, data, context=context, sequences=sequences, split=split, offset=offset
     )
     with Stages() as progress:
-        progress.stage("Evaluating", sequences + 2)
+        progress.stage("Evaluating", sequences + 3)
         found = assess(
             loaded,
             loaded_plan,
@@ -245,8 +245,11 @@ def evaluate(
     if json_:
         _print_json(found)
     else:
+        notes = found.pop("notes")
         rows = [[key, _cell(value)] for key, value in found.items()]
         print_table("", ("measured", "value"), rows)
+        for note in notes:
+            print(note)
 
 
 @app.command()
@@ -590,6 +593,7 @@ def _search_memory(
         MEMORY_HEADERS,
         memory_figures,
         memory_lines,
+        memory_notes,
         to_plan,
         with_memory,
     )
@@ -633,10 +637,13 @@ def _search_memory(
                     "budget": budget.canonical(),
                     "memory": memory_figures(memory.best),
                     "uniform": memory.uniform and memory_figures(memory.uniform),
+                    "notes": memory_notes(memory.best),
                 }
             )
             return
         print_table("Continuation of held-out text", MEMORY_HEADERS, memory_lines(memory))
+        for note in memory_notes(memory.best):
+            print(note)
         print(f"plan: {out}")
         return
     leave(f"no plan within the budget held up to measurement; the last one missed: {missed}", 1)
@@ -645,7 +652,7 @@ def _search_memory(
 def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from attnplan.report import HEADERS, comparison, lines
+    from attnplan.report import HEADERS, comparison, lines, notes
 
     rows = comparison(outcome)
     if as_json:
@@ -657,6 +664,7 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
             "cost_model_error": outcome.costs.error,
             "times": _kind_of_times(outcome.costs),
             "device": outcome.costs.device.name,
+            "notes": notes(outcome),
         }
         _print_json(found)
         return
@@ -669,6 +677,8 @@ def _print_outcome(outcome: Any, budget: Any, out: Path, *, as_json: bool) -> No
     else:
         print(outcome.costs.told_error)
     print(f"solver: {outcome.solver_seconds:.2f} s from the stored scores to its first answer")
+    for note in notes(outcome):
+        print(note)
     if outcome.plan is not None:
         print(f"plan: {out}")
 

@@ -7,8 +7,11 @@ original model, which remembers everything.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,11 +19,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from attnplan.cache import stored_bytes
-from attnplan.evaluate import Applied, Reference, original
+from attnplan.acting import acting
+from attnplan.cache import PlanLayer, stored_bytes
+from attnplan.evaluate import CHUNK, Applied, Reference, original
 from attnplan.kernels.benchmark import timed
 from attnplan.kernels.keeper import SLACK
+from attnplan.profiles.capture import logits_of
 from attnplan.profiles.output_head import Body, run_body
+from attnplan.search.evaluation import finite_kl
 
 CONTINUED = 256
 """Tokens at the end of a text that are fed as a continuation."""
@@ -35,6 +41,22 @@ def continued(context: int) -> int:
     return max(1, min(CONTINUED, context // 2 // SLACK * SLACK))
 
 
+@dataclass(frozen=True)
+class Continued:
+    """A continuation under a plan.
+
+    Attributes:
+        kl: mean KL(original || planned) of its positions, in nats.
+        loss, loss_dense: mean -log p(next token), of those that have one.
+        condensed: whether the cache held less than all tokens.
+    """
+
+    kl: float
+    loss: float
+    loss_dense: float
+    condensed: bool
+
+
 class Continuation:
     """The original model's answers on the ends of some sequences.
 
@@ -47,21 +69,95 @@ class Continuation:
         self.tokens = continued(int(reference.sequences.shape[1]))
 
     def kl(self, applied: Applied, index: int) -> float:
-        """Mean KL(original || planned) over the continuation of one sequence, nats per token.
+        """Mean KL over the continuation of one sequence; see `compare`."""
+        return self.compare(applied, index).kl
+
+    def compare(self, applied: Applied, index: int) -> Continued:
+        """What the model loses on the continuation of one sequence.
 
         Tokens are fed by as many as accumulate between two condensings, which is the same as one by
         one.
+
+        Raises:
+            ValueError: a layer did not run the plan that it has for the prompt, or the cache was
+                condensed, but not one prediction changed.
         """
         model, text = self.reference.model, self.reference.sequences[index]
         first = len(text) - self.tokens
         known = self.reference.states(index)[:, first:]
         with applied():
-            body = prompt(model, text[:first])
+            with acting(model, first):
+                body = prompt(model, text[:first])
             parts = []
             for some in text[first:].split(SLACK):
                 body = step(model, body, some)
                 parts.append(body.last_hidden_state)
-        return self.reference.divergence(body, known, torch.cat(parts, 1))
+        labels = text[first:].roll(-1).to(known.device)  # nothing is known to follow the last
+        rows = self.reference.rows(body, known, torch.cat(parts, 1), labels)
+        condensed = is_condensed(body)
+        if condensed and not bool(rows[:, 0].any()):
+            raise ValueError(
+                f"the plan did not act: {type(model).__name__} condensed its cache, but all "
+                "predictions after it are those of the original model to the last bit"
+            )
+        loss, loss_dense = rows[: max(1, len(rows) - 1), 1:].mean(0).tolist()
+        kl = finite_kl(float(rows[:, 0].mean()))
+        return Continued(kl, finite_kl(loss), loss_dense, condensed)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model is to continue a prompt with given tokens.
+
+    Attributes:
+        log_probability: of all of them together, in nats.
+        greedy: whether each is the most likely one.
+    """
+
+    log_probability: float
+    greedy: bool
+
+
+def likelihoods(
+    model: Any, tokens: Tensor, continuations: Sequence[Tensor]
+) -> tuple[Likelihood, ...]:
+    """Score continuations by decoding: each is read from the cache that the prompt left.
+
+    One forward pass over prompt and continuation together, as evaluation harnesses do it, never
+    reads a condensed cache, so that a plan that stores less would score as the original model.
+
+    Args:
+        model: a causal language model, under a plan or not.
+        tokens: int64 [tokens], the prompt; read once.
+        continuations: each int64 [at least 1].
+
+    Raises:
+        ValueError: an empty prompt or continuation, or a model without a cache.
+    """
+    if not len(tokens) or not all(len(one) for one in continuations):
+        raise ValueError("a likelihood needs at least one token of prompt and of continuation")
+    read = prompt(model, tokens)
+    found = []
+    for continuation in continuations:
+        body = copy.deepcopy(read)
+        parts = [body.last_hidden_state[:, -1:]]
+        for some in continuation[:-1].split(SLACK) if len(continuation) > 1 else ():
+            body = step(model, body, some)
+            parts.append(body.last_hidden_state)
+        found.append(_likelihood(model, body, torch.cat(parts, 1), continuation))
+    return tuple(found)
+
+
+@torch.no_grad()
+def _likelihood(model: Any, body: Body, states: Tensor, tokens: Tensor) -> Likelihood:
+    total, greedy = 0.0, True
+    labels = tokens.to(states.device)[:, None]
+    with logits_of(model, body) as logits:
+        for some in torch.arange(len(tokens), device=states.device).split(CHUNK):
+            p = logits(states[:, some])[0].float().log_softmax(-1)
+            total += float(p.gather(1, labels[some]).double().sum())
+            greedy &= bool((p.argmax(-1) == labels[some][:, 0]).all())
+    return Likelihood(total, greedy)
 
 
 def prompt(model: Any, tokens: Tensor, *, recording: bool = False) -> Body:
@@ -93,6 +189,16 @@ def _read(model: Any, tokens: Tensor, cache: Any) -> Body:
         if name in accepted:
             return run_body(model, tokens, cache=cache, cache_name=name)
     raise ValueError(f"{type(model).__name__} takes no KV cache: it has nothing to decode from")
+
+
+def is_condensed(body: Body) -> bool:
+    """Whether the cache of a body holds less than all tokens that it has seen."""
+    return any(
+        keeper.limit is not None and layer.get_seq_length() >= keeper.limit + keeper.slack
+        for layer in cache_of(body).layers
+        if isinstance(layer, PlanLayer)
+        for keeper in layer.keepers
+    )
 
 
 def cache_of(body: Body) -> Any:

@@ -130,35 +130,33 @@ class Reference:
         compared = torch.arange(stride - 1, planned.shape[1] - 1, stride, device=labels.device)
         if not len(compared):
             compared = torch.arange(planned.shape[1] - 1, device=labels.device)
-        rows = []
-        with torch.no_grad(), logits_of(self.model, body) as logits:
-            for some in compared.split(CHUNK):
-                p = logits(original[:, some])[0].float().log_softmax(-1)
-                q = logits(planned[:, some])[0].float().log_softmax(-1)
-                target = labels[some + 1][:, None]
-                losses = [-x.gather(1, target)[:, 0] for x in (q, p)]
-                rows.append(torch.stack([kl_rows(p, q), *losses], 1).double().cpu())
-        found = torch.cat(rows)
-        if not bool(found[:, 2].isfinite().all()):
-            raise ValueError(overflowing(self.model))
+        found = self.rows(body, original[:, compared], planned[:, compared], labels[compared + 1])
         late = found[compared.cpu() >= planned.shape[1] * 3 // 4]
         kl, loss, loss_dense = found.mean(0).tolist()
         last = float((late if len(late) else found)[:, 0].mean())
         return Comparison(finite_kl(kl), finite_kl(last), finite_kl(loss), loss_dense, act)
 
-    def divergence(self, body: Body, original: Tensor, planned: Tensor) -> float:
-        """Mean KL(original || planned) between final hidden states, in nats per token.
+    def rows(self, body: Body, original: Tensor, planned: Tensor, labels: Tensor) -> Tensor:
+        """KL(original || planned), loss and original loss of some positions, float64 [n, 3].
 
         Args:
             body: any output of `body_of`.
-            original, planned: [1, tokens, hidden].
+            original, planned: [1, n, width], final hidden states.
+            labels: int64 [n], the tokens that follow.
+
+        Raises:
+            ValueError: the original model overflows.
         """
-        total = 0.0
+        made = []
         with torch.no_grad(), logits_of(self.model, body) as logits:
-            for some in torch.arange(original.shape[1], device=original.device).split(CHUNK):
+            for some in torch.arange(len(labels), device=original.device).split(CHUNK):
                 p, q = (logits(x[:, some])[0].float().log_softmax(-1) for x in (original, planned))
-                total += float(kl_rows(p, q).double().sum())
-        return finite_kl(total / original.shape[1])
+                losses = [-x.gather(1, labels[some][:, None])[:, 0] for x in (q, p)]
+                made.append(torch.stack([kl_rows(p, q), *losses], 1).double().cpu())
+        found = torch.cat(made)
+        if not bool(found[:, 2].isfinite().all()):
+            raise ValueError(overflowing(self.model))
+        return found
 
     def quality(self, applied: Applied, progress: Callable[[], None] = lambda: None) -> Quality:
         """Compare on all sequences and positions; `progress` is called after each sequence.

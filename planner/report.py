@@ -15,9 +15,10 @@ from attnplan.planning import Choice, Outcome
 from attnplan.profiles.calibration import TokenSet
 from attnplan.profiling import Workload
 from attnplan.remembering import Memory, Remembered
-from attnplan.retrieval import KINDS
+from attnplan.retrieval import KINDS, SHORT
 from attnplan.search.budget import Budget
 from attnplan.timing import this_device
+from attnplan.verify import unjudged
 
 HEADERS = (
     "plan",
@@ -185,6 +186,20 @@ def memory_figures(one: Remembered) -> dict[str, Any]:
         "decode_ms": [_short(ms) for ms in one.decode_ms],
         **_recall_figures(one),
     }
+
+
+def memory_notes(one: Remembered) -> list[str]:
+    """What the verification of a memory could not judge, one sentence each."""
+    if one.recall is None:
+        return [SHORT]
+    note = one.recall[1].unjudged()
+    return [] if note is None else [note]
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """What the verification of a prefill could not judge, one sentence each."""
+    note = None if outcome.plan is None else unjudged(outcome.plan.measured.induction_dense)
+    return [] if note is None else [note]
 
 
 def _recall_figures(one: Remembered) -> dict[str, Any]:

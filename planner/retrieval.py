@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnplan.acting import acting
 from attnplan.continuation import condense, prompt, step
 from attnplan.evaluate import Applied
 from attnplan.profiles.capture import logits_of
+from attnplan.profiles.output_head import Body, output_head
 
 KINDS = ("passkey", "key_value", "copy")
 PROBED = 2
@@ -32,6 +34,7 @@ PROBED = 2
 DEPTHS = 5
 """Facts of each kind in a text, spread evenly."""
 PLACES = ("Oslo", "Cairo", "Lima", "Tokyo", "Delhi", "Rome", "Berlin", "Madrid", "Vienna", "Sydney")
+SHORT = "retrieval could not be judged: the texts are too short to hide facts in"
 TOLERANCE = 0.02
 """Share of facts that a plan may find less than the original model."""
 CUE, COPIED = 16, 8
@@ -75,6 +78,16 @@ class Recall:
         """Kinds of facts that are found in the prompt less often than by another model."""
         return [k for k in KINDS if self.in_prompt[k] < than.in_prompt[k] - tolerance]
 
+    def unjudged(self, tolerance: float = TOLERANCE) -> str | None:
+        """Which losses could not show beside this model, the original; None where all could."""
+        kinds = [k for k in KINDS if self.in_prompt[k] <= tolerance]
+        if not kinds:
+            return None
+        return (
+            f"retrieval of {' and '.join(kinds)} could not be judged: the original model finds at "
+            f"most {max(self.in_prompt[k] for k in kinds):.2f} of the facts itself"
+        )
+
 
 class Retrieval:
     """Texts with hidden facts.
@@ -113,8 +126,10 @@ class Retrieval:
         """Ask everything of the model under a plan; `advance` is called after each text."""
         right: dict[tuple[str, bool], list[bool]] = {}
         for text, probes in self.texts:
+            output_head(self.model, text)
             with applied():
-                waiting = prompt(self.model, text, recording=True)
+                with acting(self.model, len(text)):
+                    waiting = prompt(self.model, text, recording=True)
                 condensed = copy.deepcopy(waiting)
                 condense(condensed)
                 for probe in probes:
@@ -128,7 +143,7 @@ class Retrieval:
 
         return Recall(shares(False), shares(True))
 
-    def _knows(self, body: Any, probe: Probe) -> bool:
+    def _knows(self, body: Body, probe: Probe) -> bool:
         body = step(self.model, body, torch.tensor(probe.question))
         states = [body.last_hidden_state[:, -1:]]
         condense(body)

@@ -184,6 +184,16 @@ def copies(induction: float, induction_dense: float) -> bool:
     return induction >= induction_dense - INDUCTION_LOSS
 
 
+def unjudged(induction_dense: float) -> str | None:
+    """Why the induction gate could not fail, or None where it could."""
+    if induction_dense > INDUCTION_LOSS:
+        return None
+    return (
+        f"induction could not be judged: the original model copies {induction_dense:.3f} of a "
+        f"repeated random string, no more than the {INDUCTION_LOSS:g} that a plan may lose"
+    )
+
+
 def misses(measured: Measured, budget: Budget) -> list[str]:
     """What a measured plan breaks, one sentence each; empty when it is feasible."""
     found = []

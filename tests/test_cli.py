@@ -28,6 +28,7 @@ from attnplan.kernels.near.window import Window
 from attnplan.models import load_model
 from attnplan.plan import Plan, Target
 from attnplan.search.candidates import candidates
+from attnplan.verify import unjudged
 
 SMALL = ("--context", "256", "--sequences", "1")
 QUICK = (*SMALL, "--trials", "2", "--swaps", "1", "--repeats", "1")
@@ -187,7 +188,9 @@ KEYS = {
     "speedup": float,
     "kv_bytes": {"plan", "dense"},
     "peak_bytes": {"plan", "dense"},
+    "kl_last_quarter": float,
     "continuation_kl": float,
+    "continuation_perplexity": {"plan", "dense"},
     "decode_ms_per_token": {"plan", "dense"},
     "induction_accuracy": {"plan", "dense"},
 }
@@ -213,6 +216,7 @@ def test_evaluating_a_narrow_plan_tells_what_it_loses(run: Run, folder: Path) ->
     assert found["perplexity"] != found["perplexity_dense"]
     assert found["tokens"] == 255
     assert found["planned_layers"] == 2
+    assert found["notes"] == [unjudged(found["induction_accuracy"]["dense"])]  # nothing is learnt
     # keys and values of two layers, two kv heads, 256 tokens, 16 dimensions, float32
     assert found["kv_bytes"] == {"plan": 131072, "dense": 131072}
     milliseconds = found["latency_ms"]
@@ -232,6 +236,10 @@ def test_a_memory_budget_ends_with_a_cache_that_holds_less(run: Run, folder: Pat
     again = evaluated(run, "--plan", folder / "memory.yaml")
     assert again["kv_bytes"]["plan"] <= 0.8 * again["kv_bytes"]["dense"]
     assert again["continuation_kl"] > 0
+    perplexity = again["continuation_perplexity"]
+    assert perplexity["plan"] != perplexity["dense"]
+    assert any("never reads a condensed cache" in note for note in again["notes"])
+    assert any("retrieval could not be judged: the texts are too" in n for n in again["notes"])
     assert again["kl_per_token"] == pytest.approx(0, abs=1e-6)  # prefill is dense
     shown = run("show", "memory.yaml")
     assert "decoding keeps everything in" in shown.out
@@ -266,6 +274,8 @@ def test_outside_its_context_a_plan_is_evaluated_as_dense(run: Run, folder: Path
     with pytest.warns(UserWarning, match="tokens, but the plan was verified up to 300"):
         found = evaluated(run, "--plan", narrow, "--context", 310)
     assert (found["kl_per_token"], found["density"], found["planned_layers"]) == (0, 1, 0)
+    why = "no layer ran the plan, all ran dense: it is for 16 to 300 tokens, not for 310"
+    assert found["notes"][0] == why
 
 
 def test_evaluating_without_a_plan_compares_the_model_with_itself(run: Run, folder: Path) -> None:
@@ -280,6 +290,7 @@ def test_evaluate_prints_a_table_for_people(run: Run, folder: Path) -> None:
     found = run("evaluate", "tiny", *SMALL, "--repeats", 1, "--plan", narrow)
     assert found.code == 0
     assert all(key in found.out for key in KEYS)
+    assert "induction could not be judged" in found.out
 
 
 def test_show_and_validate_tell_what_a_plan_does(run: Run, folder: Path) -> None:

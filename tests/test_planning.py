@@ -44,7 +44,7 @@ from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
 from attnplan.search.solve import limits_of
 from attnplan.timing import measure_device, parse, spell
-from attnplan.verify import Measured, crossover, density, fast, misses, running
+from attnplan.verify import Measured, crossover, density, fast, misses, running, unjudged
 
 CONTEXT = 256
 DENSE, NARROW = catalog.DENSE, Approximation(Window(32))
@@ -388,6 +388,12 @@ def test_a_plan_is_held_against_what_was_measured(
     missed = misses(found, budget)
     assert len(missed) == (message is not None)
     assert message is None or message in missed[0]
+
+
+def test_an_original_that_copies_nothing_cannot_be_judged_by_what_is_copied() -> None:
+    assert unjudged(0.031) is None
+    said = unjudged(0.03)
+    assert said is not None and "the original model copies 0.030" in said
 
 
 def test_a_prefill_is_fast_where_it_beats_dense_and_the_budget() -> None:

@@ -91,3 +91,12 @@ def test_a_rehearsal_ends_with_every_question_and_answer(smollm2: LoadedModel) -
     assert len(keys) == DEPTHS
     assert sum(f"The pass key of {name} is {key}" in told for name, key in keys) >= DEPTHS - 1
     assert rehearsal(smollm2.model, smollm2.tokenizer, text[:500]) is None
+
+
+def test_what_the_original_model_does_not_find_cannot_be_judged() -> None:
+    found = Recall({"passkey": 0.9, "key_value": 0.0, "copy": 0.02}, dict.fromkeys(KINDS, 0.0))
+    said = found.unjudged()
+    assert said is not None
+    assert said.startswith("retrieval of key_value and copy could not be judged")
+    assert said.endswith("at most 0.02 of the facts itself")
+    assert Recall(dict.fromkeys(KINDS, 0.5), dict.fromkeys(KINDS, 0.0)).unjudged() is None
