@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnplan.continuation import Continuation, decode_ms, peak_bytes
+from attnplan.continuation import Continuation, check_length, decode_ms, peak_bytes
 from attnplan.evaluate import Reference, induction_accuracy, kv_bytes, original, prefill_latency
 from attnplan.models import LoadedModel
 from attnplan.patch import applied
@@ -42,6 +42,9 @@ def assess(
         force: run the plan on another device or in another dtype than its own.
         advance: called after each unit of work.
 
+    Raises:
+        ValueError: the sequences are too short.
+
     Returns:
         Plain values: kl_per_token, kl_last_quarter of the positions, perplexity, perplexity_dense,
         tokens, density, latency_ms {plan, dense}, speedup, kv_bytes {plan, dense} after the
@@ -56,6 +59,7 @@ def assess(
         ValueError: the plan did not act where it should have (see `Reference.quality`).
     """
     model, context = loaded.model, int(sequences.shape[1])
+    check_length(context)
 
     def planned() -> AbstractContextManager[Any]:
         return original() if plan is None else applied(model, plan, force=force)

@@ -133,6 +133,7 @@ def search(
     from attnplan.profiles.calibration import load_sequences
     from attnplan.profiles.database import Store
     from attnplan.profiling import captures
+    from attnplan.remembering import check_room
     from attnplan.search.budget import Budget, parse_latency, parse_memory
     from attnplan.search.candidates import parse_methods
     from attnplan.target import check_target
@@ -156,19 +157,8 @@ def search(
         )
     if out.is_dir() or out.suffix == ".safetensors":
         raise ValueError(f"{out}: --out names the YAML file of the plan")
-    check_plan(out)
-    _check_apart(db, {"--out": out, "the plan's data": data_file(out)})
-    loaded, work = _workload(
-        model, data, context, sequences, seed, device, dtype, trust_remote_code
-    )
-    held_out = load_sequences(
-        loaded.tokenizer,
-        data if holdout is None else holdout,
-        context=context,
-        sequences=sequences,
-        split="holdout" if holdout is None else "all",
-    )
-    if budget.max_memory is not None or budget.max_decode is not None:
+    generates = budget.max_memory is not None or budget.max_decode is not None
+    if generates:
         if target is not None:
             raise ValueError(
                 "--target plans the prefill alone: leave out --max-memory and --max-decode, whose "
@@ -182,6 +172,21 @@ def search(
                         "for memory or decoding alone: limit it with --max-density or "
                         "--max-latency, or the continuation with --max-kl"
                     )
+    check_plan(out)
+    _check_apart(db, {"--out": out, "the plan's data": data_file(out)})
+    loaded, work = _workload(
+        model, data, context, sequences, seed, device, dtype, trust_remote_code
+    )
+    if generates:
+        check_room(loaded.identity, context)
+    held_out = load_sequences(
+        loaded.tokenizer,
+        data if holdout is None else holdout,
+        context=context,
+        sequences=sequences,
+        split="holdout" if holdout is None else "all",
+    )
+    if generates:
         _search_memory(
             loaded, work, held_out, budget, db, out, trials, swaps, repeats, seed, only, json_
         )

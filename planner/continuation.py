@@ -34,6 +34,19 @@ TURN = 8
 """Tokens in a row that are timed under one plan, before it is another's turn."""
 WARM_UP = 2
 """Tokens that are not timed."""
+STEPS = 32
+"""Tokens that are timed."""
+SHORTEST = STEPS + WARM_UP + 1
+"""Tokens of the shortest text: those that are timed, after a prompt."""
+
+
+def check_length(context: int) -> None:
+    """Raises ValueError where a text of `context` tokens is too short to measure generation on."""
+    if context < SHORTEST:
+        raise ValueError(
+            f"context must be at least {SHORTEST} tokens to time generated tokens in it, "
+            f"got {context}"
+        )
 
 
 def continued(context: int) -> int:
@@ -224,7 +237,7 @@ def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple
 
 
 def decode_ms(
-    model: Any, applied: Applied, tokens: Tensor, *, steps: int = 32
+    model: Any, applied: Applied, tokens: Tensor, *, steps: int = STEPS
 ) -> tuple[float, float]:
     """Median time of one token after a prompt, (plan, dense), in turn, in ms.
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnplan.continuation import Continuation, decode_ms, held_bytes
+from attnplan.continuation import Continuation, check_length, decode_ms, held_bytes
 from attnplan.decode_timing import MIXTURES, decode_costs, dense_token_ms
 from attnplan.evaluate import Reference, original
 from attnplan.keeper_scoring import candidates_for, score_layer
@@ -25,6 +25,7 @@ from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.layer_store import capacity, row_bytes
 from attnplan.models import LoadedModel
 from attnplan.patch import patch_assignment, unpatch
+from attnplan.plan import ModelIdentity
 from attnplan.planning import Progress, Quiet
 from attnplan.profiles import records
 from attnplan.profiles.calibration import TokenSet
@@ -296,6 +297,18 @@ class _Memory:
         )
 
 
+def check_room(identity: ModelIdentity, context: int) -> None:
+    """Raises ValueError where nothing can be generated, and measured, after `context` tokens."""
+    check_length(context)
+    longest = identity.max_context
+    if longest is not None and context >= longest:
+        raise ValueError(
+            f"context {context} leaves no room for a generated token in the {longest} tokens that "
+            f"{identity.name} was made for: with --max-memory or --max-decode the longest context "
+            f"that fits is {longest - 1}"
+        )
+
+
 def remember(
     loaded: LoadedModel,
     work: Workload,
@@ -325,7 +338,9 @@ def remember(
 
     Raises:
         BudgetError: less than the smallest keeper of all kv heads needs.
+        ValueError: the context leaves no room to generate in.
     """
+    check_room(loaded.identity, work.context)
     progress = progress or Quiet()
     progress.stage("Profiling", work.texts + 1)
     run = profile(loaded, work, store, files, progress.advance)

@@ -581,10 +581,31 @@ def test_texts_that_cannot_be_used_are_refused(run: Run, folder: Path, command: 
         ("absent.txt", 256, "absent.txt: cannot be read"),
         ("builtin", 513, "context 513 is longer than the 512 tokens that tiny was made for"),
         ("builtin", 0, "context must be at least 1 token, got 0"),
+        ("builtin", 1, "context must be at least"),
     ):
         arguments = ("--data", data, "--context", context, "--sequences", 1)
         assert_one_sentence(run(command, "tiny", *budget, *arguments), message)
     assert not (folder / "plan.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("search tiny --out long.yaml --max-memory 0.5x --context 512", "that fits is 511"),
+        ("search tiny --out long.yaml --max-decode 0.5x --context 512", "that fits is 511"),
+        ("search tiny --out long.yaml --max-memory 0.5x --context 34", "at least 35 tokens"),
+        ("search tiny --out a.yaml --max-memory 0.5x --target h100", "--target plans the prefill"),
+        ("evaluate tiny --context 34", "context must be at least 35 tokens to time generated"),
+    ],
+)
+def test_lengths_that_cannot_be_measured_are_refused_before_any_work(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    for work in ("profiling.captured_text", "assess.Reference", "planning.Reference"):
+        monkeypatch.setattr(f"attnplan.{work}", lambda *_: pytest.fail("work was done"))
+    before = {path.name for path in folder.iterdir()}
+    assert_one_sentence(run(*command.split(), "--sequences", 1), message)
+    assert {path.name for path in folder.iterdir()} - {"attnplan.db"} <= before
 
 
 @pytest.mark.parametrize("command", WITH_DATA)
