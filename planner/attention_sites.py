@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from attnplan.example_input import examples
 from attnplan.profiles.capture import UNPLANNABLE
 
 
@@ -142,26 +143,36 @@ def _find_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 
 def attention_calls(model: PreTrainedModel) -> list[_Call]:
-    """What the attention function is called with, by a forward pass over two tokens or one image.
+    """What the attention function is called with, by a forward pass over a small example.
 
     Returns:
         For each call, the module, the shape of the queries, the number of kv heads, the options.
+
+    Raises:
+        ValueError: the model's attention cannot be switched, or it runs on no example that
+            attnplan can make.
     """
     AttentionInterface.register(_PROBE, _take_notes)
     calls: list[_Call] = []
+    failures: list[Exception] = []
     token = _CALLS.set(calls)
     try:
         with implementation(model, _PROBE), torch.no_grad():
-            model(**_example(model))
+            made = examples(model)
+            while True:
+                try:
+                    example = next(made, None)
+                    if example is None:
+                        break
+                    calls.clear()
+                    model(**example)
+                    return calls
+                except Exception as error:  # whatever a model raises on what it cannot read
+                    failures.append(error)
     finally:
         _CALLS.reset(token)
-    return calls
-
-
-def _example(model: PreTrainedModel) -> dict[str, Any]:
-    if model.main_input_name == "pixel_values":
-        sizes = (1, model.config.num_channels, model.config.image_size, model.config.image_size)
-        return {"pixel_values": torch.zeros(sizes, dtype=model.dtype, device=model.device)}
-    device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    return {"input_ids": ids} | ({"use_cache": False} if model.can_generate() else {})
+    why = " ".join(str(failures[-1]).split())[:200].rstrip(".") or type(failures[-1]).__name__
+    raise ValueError(
+        f"{type(model).__name__} did not run on an example of its {model.main_input_name} ({why}); "
+        "attnplan cannot find its attention"
+    ) from failures[-1]

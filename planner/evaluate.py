@@ -21,7 +21,13 @@ from attnplan.acting import Act, acting, refuse_without_effect
 from attnplan.cache import stored_bytes
 from attnplan.kernels.benchmark import Timing, interleaved, median_ms
 from attnplan.profiles.capture import logits_of
-from attnplan.profiles.output_head import Body, output_head, overflowing, run_body
+from attnplan.profiles.output_head import (
+    Body,
+    input_device,
+    output_head,
+    overflowing,
+    run_body,
+)
 from attnplan.search.evaluation import finite_kl
 
 CHUNK = 512
@@ -245,8 +251,7 @@ def prefill_latency(model: Any, applied: Applied, tokens: Tensor, *, repeats: in
         tokens: int64 [tokens], real text.
         repeats: pairs of runs.
     """
-    device = model.get_input_embeddings().weight.device
-    ids = tokens[None].to(device)
+    ids = tokens[None].to(input_device(model))
     return interleaved(
         lambda: _prefill(model, ids),
         lambda: _prefill(model, ids),
@@ -257,16 +262,15 @@ def prefill_latency(model: Any, applied: Applied, tokens: Tensor, *, repeats: in
 
 def dense_prefill_ms(model: Any, tokens: Tensor, repeats: int) -> float:
     """Median time of the original model's whole prefill, after one that warms up."""
-    ids = tokens[None].to(model.get_input_embeddings().weight.device)
+    ids = tokens[None].to(input_device(model))
     return median_ms(lambda: _prefill(model, ids), repeats)
 
 
 @torch.no_grad()
 def kv_bytes(model: Any, applied: Applied, tokens: Tensor) -> int:
     """Bytes that the cache holds after a prefill, counted from tensor storage."""
-    device = model.get_input_embeddings().weight.device
     with applied():
-        output = _prefill(model, tokens[None].to(device))
+        output = _prefill(model, tokens[None].to(input_device(model)))
     cache = output["cache" if "cache" in output else "past_key_values"]  # renamed in 5.24
     return stored_bytes(cache)
 

@@ -109,12 +109,21 @@ def run_body(model: Any, tokens: Tensor, *, cache: Any = None, cache_name: str =
     options = {"use_cache": False} if cache is None else {"use_cache": True, cache_name: cache}
     handle = model.get_submodule(head.name).register_forward_pre_hook(take)
     try:
-        model(input_ids=tokens[None].to(_device(model)), **options)
+        model(input_ids=tokens[None].to(input_device(model)), **options)
     finally:
         handle.remove()
     if len(read) != 1 or read[0].shape[:2] != (1, len(tokens)):
         raise ValueError(_strange(model, f"{head.name} does not read every position once"))
     return Body(read[0], cache, head)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where tokens go: to the embedding, or to the model where that is no single module."""
+    try:
+        device: torch.device = model.get_input_embeddings().weight.device
+    except (AttributeError, NotImplementedError):
+        device = model.device
+    return device
 
 
 def overflowing(model: Any) -> str:
@@ -155,7 +164,7 @@ class _Call:
 
 @torch.no_grad()
 def _proved(model: Any, tokens: Tensor) -> OutputHead:
-    ids = tokens[None, :PROVED].to(_device(model))
+    ids = tokens[None, :PROVED].to(input_device(model))
     with _watched(model) as calls:
         output = model(input_ids=ids, use_cache=False)
     own = getattr(output, "logits", None)
@@ -242,13 +251,8 @@ def _playing(forward: Callable[..., Any], outputs: list[Any]) -> Callable[..., A
     return play
 
 
-def _device(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
-
-
 def _place(model: Any) -> tuple[Any, ...]:
-    return id(model.get_output_embeddings()), model.dtype, _device(model)
+    return id(model.get_output_embeddings()), model.dtype, input_device(model)
 
 
 def _strange(model: Any, why: str) -> str:

@@ -33,6 +33,7 @@ IMPORTERS = {
         "planner/console.py",
         "planner/decode_timing.py",
         "planner/encoder.py",
+        "planner/example_input.py",
         "planner/models.py",
         "planner/own_configurations.py",
         "planner/patch.py",
