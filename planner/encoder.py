@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 
-from attnplan.attention_sites import attention_calls, implementations, set_implementation
+from attnplan.attention_sites import attention_calls
+from attnplan.own_configurations import OwnConfiguration, join, separate
 from attnplan.profiles.capture import UNPLANNABLE
 
 NAME = "attnplan_encoder"
@@ -32,10 +33,10 @@ Operator = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class _Layer:
-    """What an attention module of a patched encoder runs, and what the model was before."""
+    """What an attention module of a patched encoder runs, and what the model has for itself."""
 
     operator: Operator
-    previous: list[tuple[Any, str | None]]
+    configurations: tuple[OwnConfiguration, ...]
 
 
 def patch_encoder(
@@ -65,34 +66,26 @@ def patch_encoder(
             f"{type(model).__name__}"
         )
     unpatch_encoder(model)
-    previous = implementations(model)
-    for module, chosen in zip(sites, operators, strict=True):
-        setattr(module, ATTRIBUTE, _Layer(chosen, previous))
-    try:
-        set_implementation(model, NAME)
-    except BaseException:
-        unpatch_encoder(model)
-        raise
+    configurations = separate(model, sites, NAME)
+    for name, chosen in zip(sites, operators, strict=True):
+        setattr(model.get_submodule(name), ATTRIBUTE, _Layer(chosen, configurations))
     return model
 
 
 def unpatch_encoder(model: PreTrainedModel) -> PreTrainedModel:
     """Leave the model exactly as it was before it was patched; no effect on an unpatched one."""
-    for module in model.modules():
-        layer: _Layer | None = module.__dict__.pop(ATTRIBUTE, None)
-        if layer is not None:
-            for config, before in layer.previous:
-                config._attn_implementation_internal = before
+    layers = [m.__dict__.pop(ATTRIBUTE, None) for m in model.modules()]
+    join(model, next((layer.configurations for layer in layers if layer is not None), ()))
     return model
 
 
-def _sites(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of an encoder, in the order of their calls."""
+def _sites(model: PreTrainedModel) -> list[str]:
+    """The names of the attention modules of an encoder, in the order of their calls."""
     architecture = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{architecture} has a decoder; patch_encoder is for encoders alone")
     names = {id(module): name for name, module in model.named_modules()}
-    sites: list[nn.Module] = []
+    sites: list[str] = []
     for module, (_, heads, _, _), kv_heads, options in attention_calls(model):
         name = names[id(module)]
         if options.get("is_causal", getattr(module, "is_causal", True)) is not False:
@@ -102,9 +95,9 @@ def _sites(model: PreTrainedModel) -> list[nn.Module]:
                 raise ValueError(f"{architecture} uses {words} in {name}, which operators ignore")
         if kv_heads != heads:
             raise ValueError(f"{name} of {architecture} has {heads} heads but {kv_heads} kv heads")
-        if module in sites:
+        if name in sites:
             raise ValueError(f"{architecture} calls {name} twice; one call per layer is needed")
-        sites.append(module)
+        sites.append(name)
     if not sites:
         raise ValueError(
             f"{architecture} does not use AttentionInterface; patch_encoder needs a model whose "

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from attnplan.adapters import base_parameters
 from attnplan.attention_sites import attention_sites
 from attnplan.loading import check_loaded, check_no_adapter
 from attnplan.plan import ModelIdentity
@@ -199,7 +200,7 @@ def weights_digest(model: nn.Module) -> str:
     parameter: rounding to another floating-point type changes values, but never a sign.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(base_parameters(model)):
         if parameter.is_meta:
             raise ValueError(
                 f"{name} is not in memory; attnplan needs a model that is not offloaded"

@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 
 from attnplan.cache import LAYER, PlanLayer
 from attnplan.kernels.keeper import Keeper
@@ -179,9 +184,13 @@ def refuse_tracing() -> None:
     What runs depends on the length of the text, and the kernels are not torch's: the program would
     be another model.
     """
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if traced or torch.compiler.is_exporting():
+    if _is_traced():
         raise ValueError(REFUSED_TRACING)
+
+
+def _is_traced() -> bool:
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return traced or torch.compiler.is_exporting()
 
 
 REFUSED_TRACING = (
@@ -295,7 +304,7 @@ def _choose(
     return kernel, start
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=REFUSED_TRACING)  # type: ignore[untyped-decorator]
 def mask(
     batch_size: int,
     q_length: int,
@@ -312,11 +321,12 @@ def mask(
 
     None means causal without padding. A sliding window that is no shorter than the text counts as
     causal. The 2-D mask is expanded only where a layer runs dense; several tokens that continue a
-    text have one without padding too, because SDPA would take None for a fresh text.
+    text have one without padding too, because SDPA would take None for a fresh text. A mask with
+    more rules that hide and show nothing, such as those for the images of a text without images, is
+    the 2-D one.
     """
-    plain = mask_function is causal_mask_function or (
-        local_size is not None and kv_length <= local_size
-    )
+    fits = local_size is None or kv_length <= local_size
+    plain = mask_function is causal_mask_function or (local_size is not None and fits)
     dynamic = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     if plain and dynamic and allow_is_causal_skip:
         fresh = q_offset == 0
@@ -340,7 +350,16 @@ def mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **options,
     )
-    return made
+    comparable = dynamic and fits and mask_function is not bidirectional_mask_function
+    if made is None or not comparable or _is_traced():
+        return made
+    padding = attention_mask
+    if padding is None:
+        padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=made.device)
+    padding = padding.view(padding.shape)
+    if padding.shape[1] != kv_length or not torch.equal(_square(padding, q_length), made):
+        return made
+    return padding
 
 
 def _left_padding(padding: Tensor) -> tuple[int, ...] | None:
