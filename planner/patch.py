@@ -46,7 +46,7 @@ from attnplan.runtime import (
     check_sliding,
 )
 from attnplan.saving import save_pretrained
-from attnplan.weight_marks import WeightMark, place_of
+from attnplan.weight_marks import place_of
 
 Model = TypeVar("Model", bound=nn.Module)
 """A transformers model, or one in wrappers such as PeftModel, which is then planned inside."""
@@ -274,9 +274,8 @@ def _attach(model: PreTrainedModel, state: ModelState, names: Sequence[str | Non
     sites = attention_sites(model)
     choose(state.configurations, names)
     for layer, site in enumerate(sites):
-        module = model.get_submodule(site.name)
-        mark = None if state.plan is None else WeightMark.of(module)
-        setattr(module, ATTRIBUTE, LayerState(state, layer, mark))
+        block = None if state.plan is None else model.get_submodule(site.name.rpartition(".")[0])
+        setattr(model.get_submodule(site.name), ATTRIBUTE, LayerState(state, layer, block))
     _unhook(model)
     model.__dict__["save_pretrained"] = partial(save_pretrained, model, state.plan)
     if state.keepers:

@@ -142,36 +142,44 @@ class LayerState:
 
     Attributes:
         model, layer: the plan, and the layer's number in it.
-        mark: the weights that the plan was checked against; None where none were checked.
+        block: the module around the attention: the whole layer; None where weights do not matter.
+        mark: the weights of the block that the plan was checked against.
+        at_home: devices and dtypes of a call that was where the plan was measured.
     """
 
     model: ModelState
     layer: int
+    block: nn.Module | None = None
     mark: WeightMark | None = None
+    at_home: tuple[torch.device, torch.dtype, torch.dtype] | None = None
 
-    def look(self, module: nn.Module) -> LayerState:
+    def __post_init__(self) -> None:
+        self.mark = None if self.block is None else WeightMark.of(self.block)
+
+    def look(self, module: nn.Module, query: Tensor, value: Tensor) -> LayerState:
         """What runs where the module is now: this, or the same counters with dense attention."""
+        here = query.device, query.dtype, value.dtype
+        if self.model.home is None or here == self.at_home:
+            return self
         if not self.model.is_away(module):
+            self.at_home = here
             return self
         return LayerState(replace(self.model, elsewhere=True, keepers=()), self.layer)
 
-    def look_at_weights(self, module: nn.Module) -> None:
+    def look_at_weights(self) -> None:
         """Say it once where the weights are no longer those that the plan was checked against.
 
         Single tokens that continue a text are not worth the look; only the first layer, which
         speaks for the others, has its contents sampled each time.
         """
-        if self.mark is None or self.mark.is_current(module, thorough=self.layer == 0):
+        if self.block is None or self.mark is None:
             return
-        before, self.mark = self.mark, WeightMark.of(module)
+        if self.mark.is_current(self.block, thorough=self.layer == 0):
+            return
+        before, self.mark = self.mark, WeightMark.of(self.block)
         if not before.is_same(self.mark):
-            self.model.warn(
-                CHANGED,
-                ADAPTED
-                if self.mark.is_adapted
-                else "the weights have changed since the plan was checked against them",
-                VERIFY,
-            )
+            changed = "the weights have changed since the plan was checked against them"
+            self.model.warn(CHANGED, ADAPTED if self.mark.is_adapted else changed, VERIFY)
 
 
 ADAPTED = "adapters are on top of the weights that the plan was verified with"
@@ -236,8 +244,8 @@ def attention(
         )
     refuse_tracing()
     if query.shape[2] > 1 and not query.requires_grad:
-        state.look_at_weights(module)
-    state = state.look(module)
+        state.look_at_weights()
+    state = state.look(module, query, value)
     if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
         # A fresh prefill into a static cache, whose keys after the queries are empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]

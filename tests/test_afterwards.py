@@ -290,7 +290,7 @@ def test_autocast_is_another_dtype(model: Any, plan: Plan) -> None:
 @torch.no_grad()
 def test_changed_weights_are_told_once(plan: Plan) -> None:
     def in_place(model: Any) -> None:
-        model.model.layers[1].self_attn.v_proj.weight.mul_(0.5)
+        model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
 
     def loaded(model: Any) -> None:
         state = {name: weight * 0.5 for name, weight in model.state_dict().items()}
@@ -338,9 +338,9 @@ class Adapted(nn.Module):
         return found
 
 
-def adapt(model: Any) -> Any:
+def adapt(model: Any, place: str = "self_attn.q_proj") -> Any:
     for layer in model.model.layers:
-        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+        layer.set_submodule(place, Adapted(layer.get_submodule(place)))
     return model
 
 
@@ -355,8 +355,9 @@ class Wrapper(nn.Module):
         return self.base_model["model"](**inputs)
 
 
-def test_adapters_are_told_once(model: Any, plan: Plan) -> None:
-    adapt(patch(model, plan))
+@pytest.mark.parametrize("place", ["self_attn.q_proj", "mlp.down_proj"])
+def test_adapters_are_told_once(model: Any, plan: Plan, place: str) -> None:
+    adapt(patch(model, plan), place)
     (message,) = told(model)
     assert "adapters are on top of the weights" in message and "attnplan evaluate" in message
     assert told(model) == [] and ran(model) == {PLANNED: 2}
