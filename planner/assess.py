@@ -84,10 +84,10 @@ def assess(
     ends = [continuation.compare(planned, index) for index in range(len(sequences))]
     notes = [
         _prefill_note(plan, context, planned_layers),
-        _decode_note(plan, ends[0].condensed, continuation.tokens),
+        _decode_note(plan, ends[0].condensed, context, continuation.tokens),
         unjudged(copied["dense"]),
         SHORT if keeps_less and probes is None else None,
-        None if found is None else found["dense"].unjudged(),
+        None if probes is None or found is None else found["dense"].unjudged(probes.tolerance),
     ]
     advance("prefill")
     text = sequences[0]
@@ -138,11 +138,14 @@ def _prefill_note(plan: Plan | None, context: int, planned_layers: int) -> str |
     return f"no layer ran the plan, all ran dense: {why}"
 
 
-def _decode_note(plan: Plan | None, condensed: bool, tokens: int) -> str | None:
+def _decode_note(plan: Plan | None, condensed: bool, context: int, tokens: int) -> str | None:
     if plan is None or not plan.decode:
         return None
     if not condensed:
-        return "the plan condensed nothing: all tokens that were measured fit into its caches"
+        return (
+            f"the caches of {context} tokens were not condensed, so nothing was measured of what "
+            "the plan keeps of a longer past"
+        )
     return (
         "kl_per_token, perplexity and induction come from one pass over whole texts, which never "
         f"reads a condensed cache; continuation_kl and continuation_perplexity decode {tokens} "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from attnplan.example_input import examples
 from attnplan.profiles.capture import UNPLANNABLE
+from attnplan.profiles.implementation import implementation as implementation
+from attnplan.profiles.implementation import implementations as implementations
+from attnplan.profiles.implementation import set_implementation as set_implementation
 
 
 @dataclass(frozen=True)
@@ -50,41 +51,6 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
         sites = _find_sites(model)
         _SITES[model] = now, sites
     return sites
-
-
-@contextmanager
-def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Switch the attention implementation inside the `with` block, and back exactly afterwards."""
-    before = implementations(model)
-    try:
-        set_implementation(model, name)
-        yield
-    finally:
-        for config, previous in before:
-            config._attn_implementation_internal = previous
-
-
-def implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
-    """Every configuration inside a model, with the implementation that it names."""
-    found: dict[int, Any] = {}
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    while queue:
-        config = queue.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            queue.extend(getattr(config, key, None) for key in config.sub_configs)
-    return [(config, config._attn_implementation_internal) for config in found.values()]
-
-
-def set_implementation(model: PreTrainedModel, name: str) -> None:
-    """Raises ValueError where the model's attention cannot be switched."""
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise ValueError(
-            f"{type(model).__name__} does not use AttentionInterface; attnplan needs a model whose "
-            "attention implementation can be switched"
-        )
 
 
 _SITES: WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], tuple[AttentionSite, ...]]] = (

@@ -157,7 +157,8 @@ class Reference:
         with torch.no_grad(), logits_of(self.model, body) as logits:
             for some in torch.arange(len(labels), device=original.device).split(CHUNK):
                 p, q = (logits(x[:, some])[0].float().log_softmax(-1) for x in (original, planned))
-                losses = [-x.gather(1, labels[some][:, None])[:, 0] for x in (q, p)]
+                target = labels[some][:, None].to(p.device)
+                losses = [-x.gather(1, target)[:, 0] for x in (q, p)]
                 made.append(torch.stack([kl_rows(p, q), *losses], 1).double().cpu())
         found = torch.cat(made)
         if not bool(found[:, 2].isfinite().all()):

@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from attnplan.profiles.implementation import implementation
 from attnplan.profiles.output_head import (
     Body,
     output_head,
@@ -142,7 +143,7 @@ def capture(
     recorder = _Recorder(store_dtype, {id(m): n for n, m in model.named_modules()})
     with ExitStack() as stack:
         stack.enter_context(_evaluation_mode(model))
-        stack.enter_context(_attention_of_ours(model))
+        stack.enter_context(implementation(model, NAME))
         stack.enter_context(_watched_projections(model))
         stack.enter_context(torch.set_grad_enabled(gradients))
         if gradients:
@@ -355,20 +356,6 @@ def _note(place: tuple[int, str], module: Any, args: Any, output: Any) -> None:
     recorder = _RECORDER.get()
     if recorder is not None and isinstance(output, Tensor):
         recorder.pre_rope[place] = output.detach()
-
-
-@contextmanager
-def _attention_of_ours(model: Any) -> Iterator[None]:
-    previous = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise ValueError(
-                f"{type(model).__name__} does not let its attention implementation be chosen"
-            )
-        yield
-    finally:
-        model.set_attn_implementation(previous)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from attnplan.attention_sites import attention_sites
+from attnplan.attention_sites import attention_sites, implementations
 from attnplan.continuation import prompt, step
 from attnplan.evaluate import Reference, body_of
 from attnplan.kernels.approximation import Approximation
@@ -109,6 +109,15 @@ def test_captured_gradients_are_those_of_a_plain_backward_pass(name: str) -> Non
         right = output.grad.transpose(1, 2)
         assert float(right.abs().max()) > 1e-4
         torch.testing.assert_close(layer.gradient, right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_capture_leaves_every_part_on_its_own_attention() -> None:
+    model = seeing()
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    before = implementations(model)
+    assert {name for _, name in before} == {"eager", "sdpa"}
+    assert len(capture(model, text(20)).layers) == 2
+    assert implementations(model) == before
 
 
 def test_logits_of_states_run_no_layer_and_leave_nothing_behind() -> None:
