@@ -359,6 +359,10 @@ class Selector(ABC):
         """Whether this setting is worth trying with a far field too."""
         return self.far_compatible
 
+    def misfit(self, head_dim: int) -> str | None:
+        """Why the settings do not suit heads of `head_dim` dimensions; None where they do."""
+        return None
+
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
         """Calibrated data of one layer, 'name.tensor' to tensor; most methods need none."""

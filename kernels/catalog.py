@@ -6,7 +6,7 @@ A method is added by one file in `kernels/near` or `kernels/far` and its name he
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from typing import Any, TypeVar
 
@@ -53,6 +53,7 @@ from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.two_stage import TwoStage
 from attnplan.kernels.near.vertical_slash import VerticalSlash
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.spelling import build
 
 NEAR: dict[str, type[Selector]] = {
     cls.name: cls
@@ -151,7 +152,7 @@ def from_dict(spelled: Mapping[str, Any]) -> Approximation:
         raise ValueError(f"an approximation needs the key 'near', got {spelled!r}")
     unknown = set(spelled) - {"near", "far"}
     if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: near, far")
+        raise ValueError(f"unknown key {min(unknown, key=str)!r}; known: near, far")
     far = spelled.get("far")
     return Approximation(
         _build(NEAR, spelled["near"], "approximation"),
@@ -175,18 +176,4 @@ def _spell(part: Selector | Compressor) -> dict[str, Any]:
 def _build(known: Mapping[str, type[_Part]], spelled: Any, what: str) -> _Part:
     if not isinstance(spelled, Mapping) or "name" not in spelled:
         raise ValueError(f"a method needs the key 'name', got {spelled!r}")
-    knobs = {k: v for k, v in spelled.items() if k != "name"}
-    name = spelled["name"]
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-    cls = known[name]
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for knob, value in knobs.items():
-        if knob not in names:
-            raise ValueError(f"{name} has no knob {knob!r}; known: {', '.join(sorted(names))}")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{name}: {knob} must be a whole number, got {value!r}")
-    try:
-        return cls(**knobs)
-    except TypeError as error:
-        raise ValueError(f"bad knobs for {name}: {error}") from None
+    return build(known, spelled, what)

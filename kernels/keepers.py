@@ -6,7 +6,7 @@ A keeper is added by one file in `kernels/keep` and its name here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.spelling import build
 
 KEEPERS: dict[str, type[Keeper]] = {
     cls.name: cls for cls in (Full, Recent, Observed, Clusters, Pages)
@@ -60,22 +61,10 @@ def from_dict(spelled: Mapping[str, Any]) -> Keeper:
     Raises:
         ValueError: an unknown keeper or knob, or a bad value; the message names what is known.
     """
-    knobs = dict(spelled["keep"]) if isinstance(spelled.get("keep"), Mapping) else {}
-    name = knobs.pop("name", None)
-    if set(spelled) != {"keep"} or name is None:
+    told = spelled.get("keep")
+    if set(spelled) != {"keep"} or not isinstance(told, Mapping) or told.get("name") is None:
         raise ValueError(f"a keeper is spelled {{keep: {{name: ..., knobs}}}}, got {spelled!r}")
-    if name not in KEEPERS:
-        raise ValueError(f"unknown keeper {name!r}; known: {', '.join(KEEPERS)}")
-    known = {f.name for f in fields(KEEPERS[name])}  # type: ignore[arg-type]
-    for knob, value in knobs.items():
-        if knob not in known:
-            raise ValueError(f"{name} has no knob {knob!r}; known: {', '.join(sorted(known))}")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{name}: {knob} must be a whole number, got {value!r}")
-    try:
-        return KEEPERS[name](**knobs)
-    except TypeError as error:
-        raise ValueError(f"bad knobs for {name}: {error}") from None
+    return build(KEEPERS, told, "keeper")
 
 
 def key(keeper: Keeper) -> str:

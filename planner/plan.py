@@ -42,9 +42,10 @@ import torch
 from torch import Tensor
 
 from attnplan import plan_output
-from attnplan.kernels import catalog, keepers
+from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.keeper import Keeper
+from attnplan.plan_fitted import check_fitted
 from attnplan.plan_yaml import PlanError, plain
 from attnplan.profiles.output_files import replace_files
 
@@ -196,6 +197,10 @@ class Plan:
         if self.fitted and self.digest is None:
             object.__setattr__(self, "digest", plan_output.digest_of(_packed(self.fitted)))
         known = set(self.methods.values())
+        for approximation in known:
+            told = approximation.near.misfit(self.model.head_dim)
+            if told is not None:
+                raise PlanError(f"{catalog.key(approximation)}: {told}")
         previous = 0
         for section in self.prefill:
             if section.context[0] <= previous:
@@ -244,12 +249,7 @@ class Plan:
         """
         from attnplan.plan_file import parse
 
-        plan = parse(Path(path))
-        try:
-            plan.check_fitted()
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from None
-        return plan
+        return parse(Path(path))
 
     def save(self, path: str | Path, *, fitted: Fitted | None = None) -> None:
         """Write the plan, replacing the file in one step, and its fitted data beside it.
@@ -309,26 +309,7 @@ class Plan:
 
     def check_fitted(self) -> None:
         """Raises PlanError where a method needs fitted data that the plan does not have."""
-        needs = {a: needed_data(a, self.model) for a in set(self.methods.values())}
-        for i, section in enumerate(self.prefill):
-            for layer, row in enumerate(section.layers):
-                for approximation in dict.fromkeys(row):
-                    missing = needs[approximation] - set(self.fitted.get(layer, {}))
-                    if missing:
-                        raise PlanError(
-                            f"phases.prefill[{i}].layers.{layer}: {catalog.key(approximation)} "
-                            "needs fitted data "
-                            f"{sorted(missing)[0]!r}, which the plan does not have"
-                        )
-        for layer, kept in enumerate(self.keepers):
-            for keeper in dict.fromkeys(kept):
-                wanted = keepers.fitted_names(self.model.head_dim, type(keeper))
-                absent = wanted - set(self.fitted.get(layer, {}))
-                if absent:
-                    raise PlanError(
-                        f"phases.decode[0].layers.{layer}: {keepers.key(keeper)} needs fitted data "
-                        f"{sorted(absent)[0]!r}, which the plan does not have"
-                    )
+        check_fitted(self)
 
     def summary(self) -> str:
         """One line for people: model, device, contexts and how many heads run what."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +23,11 @@ from attnplan.plan import (
     Target,
     keeper_names,
 )
-from attnplan.plan_output import digest_of
 from attnplan.plan_yaml import (
     Entry,
     Flow,
     FlowList,
+    PlanError,
     parse_ranges,
     plain,
     ranges,
@@ -36,6 +37,10 @@ from attnplan.plan_yaml import (
 )
 
 VERSION = 1
+MOST = {"layers": 1 << 12, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 10}
+"""Of the sizes of a model."""
+MOST_HEADS = 1 << 17
+"""Of a model, all layers together."""
 
 _Named = TypeVar("_Named", Approximation, Keeper)
 
@@ -96,13 +101,13 @@ def parse(path: Path) -> Plan:
     if not isinstance(top.value, dict) or "attnplan" not in top.value:
         raise top.error("this is no plan: the key `attnplan: 1` is missing")
     version = top.value["attnplan"]
-    if version.value != VERSION:
+    if isinstance(version.value, bool) or version.value != VERSION:
         raise version.error(
             f"version {version.plain()!r} is unknown; this attnplan reads {VERSION}"
         )
     fields = top.fields(("attnplan", "model", "target", "methods", "phases"), ("data", "evidence"))
     model = _parse_model(fields["model"])
-    named = {str(name): _parse_method(entry) for name, entry in fields["methods"].items()}
+    named = {n: _parse_method(e, n, model) for n, e in fields["methods"].items()}
     methods = {n: m for n, m in named.items() if isinstance(m, Approximation)}
     kept = {n: m for n, m in named.items() if isinstance(m, Keeper)}
     phases = fields["phases"].fields(("prefill",), ("decode",))
@@ -124,16 +129,14 @@ def parse(path: Path) -> Plan:
     if evidence is not None and not isinstance(evidence.value, dict):
         raise evidence.error("must be a mapping")
     digest, fitted = _parse_data(fields.get("data"), path, model)
-    return Plan(
-        model,
-        _parse_target(fields["target"]),
-        methods,
-        tuple(sections),
-        {} if evidence is None else evidence.plain(),
-        fitted,
-        digest,
-        tuple(decode),
-    )
+    target = _parse_target(fields["target"])
+    told = {} if evidence is None else evidence.plain()
+    try:
+        plan = Plan(model, target, methods, tuple(sections), told, fitted, digest, tuple(decode))
+        plan.check_fitted()
+    except PlanError as error:
+        raise fields.get("data", top).error(str(error)) from None
+    return plan
 
 
 def _parse_model(entry: Entry) -> ModelIdentity:
@@ -141,10 +144,19 @@ def _parse_model(entry: Entry) -> ModelIdentity:
     fields = entry.fields(("name", "architecture", *sizes, "rope", "weights"), ("context",))
     rope = dict(fields["rope"].items())
     limit = fields.get("context")
+    counts = {size: fields[size].integer(1, MOST[size]) for size in sizes}
+    if counts["heads"] % counts["kv_heads"]:
+        raise fields["kv_heads"].error(
+            f"must divide the {counts['heads']} heads, got {counts['kv_heads']}"
+        )
+    if counts["layers"] * counts["heads"] > MOST_HEADS:
+        raise fields["layers"].error(
+            f"no model has {counts['layers']} layers of {counts['heads']} heads"
+        )
     return ModelIdentity(
         name=fields["name"].text(),
         architecture=fields["architecture"].text(),
-        **{size: fields[size].integer(1) for size in sizes},
+        **counts,
         rope={key: value.plain() for key, value in rope.items()},
         max_context=None if limit is None or limit.value is None else limit.integer(1),
         weights=fields["weights"].text(),
@@ -161,14 +173,20 @@ def _parse_target(entry: Entry) -> Target:
     )
 
 
-def _parse_method(entry: Entry) -> Approximation | Keeper:
+def _parse_method(entry: Entry, name: Any, model: ModelIdentity) -> Approximation | Keeper:
+    if not isinstance(name, str):
+        raise entry.error(f"the name of a method must be text, got {name!r}; quote it")
     try:
         spelled = entry.plain()
         if isinstance(spelled, dict) and "keep" in spelled:
             return keepers.from_dict(spelled)
-        return catalog.from_dict(spelled)
+        approximation = catalog.from_dict(spelled)
     except ValueError as error:
         raise entry.error(str(error)) from None
+    told = approximation.near.misfit(model.head_dim)
+    if told is not None:
+        raise entry.error(f"{approximation.near.name}: {told}")
+    return approximation
 
 
 def _parse_section(
@@ -251,16 +269,18 @@ def _parse_data(
         return None, {}
     fields = entry.fields(("file", "digest"))
     name, digest = fields["file"].text(), fields["digest"].text()
-    if Path(name).name != name:
+    if Path(name).name != name or not name.isprintable():
         raise fields["file"].error(f"must be a file beside the plan, got {name!r}")
     try:
+        with (path.parent / name).open("rb") as file:
+            found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        if found != digest:  # it may be any file, of any size
+            raise fields["digest"].error(f"{name} has changed: its digest is {found}")
         content = (path.parent / name).read_bytes()
     except OSError:
         raise fields["file"].error(
             f"{name} is not beside the plan; its methods were fitted and need it"
         ) from None
-    if digest_of(content) != digest:
-        raise fields["digest"].error(f"{name} has changed: its digest is {digest_of(content)}")
     fitted: dict[int, dict[str, Tensor]] = {}
     try:
         for key, tensor in safetensors.torch.load(content).items():
@@ -268,6 +288,6 @@ def _parse_data(
             if not layer.isdecimal() or int(layer) >= model.layers:
                 raise fields["file"].error(f"{name}: tensor {key!r} belongs to no layer")
             fitted.setdefault(int(layer), {})[tensor_name] = tensor
-    except SafetensorError as error:
+    except (SafetensorError, LookupError, TypeError, RuntimeError) as error:
         raise fields["file"].error(f"{name} is no safetensors file: {error}") from None
     return digest, fitted

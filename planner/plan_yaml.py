@@ -19,6 +19,14 @@ LARGEST = 1 << 24
 """Bytes of a plan file: reading more would take minutes, and 100 layers of 100 heads need 1 MB."""
 
 
+LONGEST = 1 << 40
+"""Of every length and count in a plan, unless a smaller bound is named."""
+SAID = 800
+"""Characters of an error: a value may be as long as the file."""
+DEEPEST = 50
+"""Mappings and lists within each other."""
+
+
 class PlanError(ValueError):
     """A plan that cannot be read, or that does not fit the model it is applied to."""
 
@@ -41,8 +49,10 @@ class Entry:
 
     def error(self, message: str) -> PlanError:
         """The error to raise when something is wrong here."""
-        place = f"{self.place}: " if self.place else ""
-        return PlanError(f"{self.file}: {place}{message} (line {self.line})")
+        told = f"{self.place}: {message}" if self.place else message
+        told = " ".join(told.split())
+        told = told if len(told) <= SAID else f"{told[:SAID]}..."
+        return PlanError(f"{self.file}: {told} (line {self.line})")
 
     def items(self) -> Iterator[tuple[Any, Entry]]:
         """Keys and entries of a mapping."""
@@ -69,11 +79,13 @@ class Entry:
         """A string."""
         return str(self._typed(str, "text"))
 
-    def integer(self, least: int = 0) -> int:
-        """An integer of at least `least`."""
+    def integer(self, least: int = 0, most: int = LONGEST) -> int:
+        """An integer of at least `least` and at most `most`."""
         number = int(self._typed(int, "an integer"))
         if number < least:
             raise self.error(f"must be at least {least}, got {number}")
+        if number > most:
+            raise self.error(f"must be at most {most}, got {_shown(number)}")
         return number
 
     def pair(self, least: int = 0) -> tuple[int, int]:
@@ -118,14 +130,15 @@ def read(path: Path) -> Entry:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            raise PlanError(f"{file}: the file is empty")
+            raise Entry(file, "", 1, None).error("the file is empty")
         return _entry(loader, node, file, "")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise PlanError(f"{file}: not valid YAML: {error.problem}{line}") from None
+        line = 1 if mark is None else mark.line + 1
+        raise Entry(file, "", line, None).error(f"not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise PlanError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        line = text.count("\n", 0, getattr(error, "position", None) or 0) + 1
+        raise Entry(file, "", line, None).error(f"not valid YAML: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,6 +156,8 @@ _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "flo
 
 def _entry(loader: _Loader, node: yaml.Node, file: str, place: str) -> Entry:
     line = node.start_mark.line + 1
+    if place.count(".") + place.count("[") > DEEPEST:
+        raise Entry(file, "", line, None).error(f"more than {DEEPEST} levels within each other")
     if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
         mapping: dict[Any, Entry] = {}
         for key_node, value_node in node.value:
@@ -167,8 +182,8 @@ def _scalar(loader: _Loader, node: yaml.Node, file: str, place: str) -> Any:
         raise where.error(f"a YAML {kind} has no meaning here; quote it if it is text")
     try:
         return loader.construct_object(node)
-    except ValueError as error:
-        raise where.error(f"{node.value!r}: {_reason(error)}") from None
+    except (ValueError, LookupError, ArithmeticError, TypeError) as error:  # as of !!int ""
+        raise where.error(f"{_shown(node.value)}: {_reason(error)}") from None
 
 
 class Flow(dict[Any, Any]):
@@ -262,13 +277,15 @@ def parse_ranges(value: Any, count: int, word: str) -> list[int]:
     for part in parts:
         low, dash, high = str(part).strip().partition("-")
         if not low.strip().isdecimal() or (dash and not high.strip().isdecimal()):
-            raise ValueError(f"{value!r} is no list of {word}s; write 5 or '0-4, 7'")
+            raise ValueError(f"{_shown(value)} is no list of {word}s; write 5 or '0-4, 7'")
         first, last = int(low), int(high or low)
         if first > last:
             raise ValueError(f"{str(part).strip()!r} counts backwards")
         if last >= count:
             raise ValueError(f"{word} {last} does not exist; there are {count}, from 0")
         numbers.extend(range(first, last + 1))
+        if len(numbers) > count:
+            raise ValueError(f"{_shown(value)} lists a {word} twice; there are {count}, from 0")
     return numbers
 
 

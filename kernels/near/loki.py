@@ -88,6 +88,11 @@ class Loki(Selector):
         project = (shape.queries + shape.keys / shape.group) * shape.head_dim
         return Cost(2.0 * shape.head_dim * pairs, self.rank * (float(candidates.sum()) + project))
 
+    def misfit(self, head_dim: int) -> str | None:
+        if self.rank <= head_dim:
+            return None
+        return f"rank must be at most {head_dim}, the dimensions of a head, got {self.rank}"
+
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
         heads, head_dim = moments.query_mean.shape
