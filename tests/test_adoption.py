@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Lfm2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Lfm2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from attnplan.attention_sites import attention_sites
 from attnplan.kernels.approximation import Approximation
@@ -103,6 +112,81 @@ def test_layers_are_numbered_by_their_attention(layers: list[str], tmp_path: Pat
     assert torch.equal(logits(found), logits(patch(model, plan)))
     assert len(patched_stats(found)) == layers.count("full_attention")
     assert ran(found) == {PLANNED: 1}
+
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+FAMILIES: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=96, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        **SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 64}, do_layer_norm_before=True
+    ),
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(
+        **SIZES | {"num_hidden_layers": 4, "head_dim": 16, "mlp_only_layers": [0, 1, 2, 3]},
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 2},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
+    "llava": lambda: transformers.LlavaConfig(
+        text_config=LlamaConfig(**SIZES),
+        vision_config=transformers.CLIPVisionConfig(**VISION, intermediate_size=32, patch_size=14),
+        image_token_index=95,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_by_name_and_by_patch_are_one(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    is_seeing = name == "llava"
+    auto = AutoModelForImageTextToText if is_seeing else AutoModelForCausalLM
+    model = auto.from_config(FAMILIES[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim == 2 else 1)
+    dense = logits(model)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    names = [part.config._attn_implementation for part in parts]
+    planned = logits(patch(model, plan_for(model)))
+    assert not torch.allclose(planned, dense, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(unpatch(model)), dense)
+    assert [part.config._attn_implementation for part in parts] == names
+    ways: list[Any] = [NAME]
+    if is_seeing:
+        ways.append({"attn_implementation": {"text_config": "attnplan", "vision_config": "eager"}})
+    for way in ways:
+        found = auto.from_pretrained(tmp_path, **way)
+        assert torch.equal(logits(found), planned)
+        assert ran(found) == {PLANNED: 1}
+    if is_seeing:
+        assert found.config.vision_config._attn_implementation == "eager"
+
+
+def test_a_repository_brings_its_plan(folder: Path, tmp_path: Path) -> None:
+    """As transformers lays out what it has fetched from the hub."""
+    cache = tmp_path / "cache"
+    place = cache / "models--someone--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40), ignore=lambda *_: ["cache"])
+    options: dict[str, Any] = {"cache_dir": cache, "local_files_only": True}
+    found = AutoModelForCausalLM.from_pretrained("someone/tiny", **options, **NAME)
+    logits(found)
+    assert ran(found) == {PLANNED: 1}
+    (place / "snapshots" / ("0" * 40) / "attnplan.yaml").unlink()
+    with pytest.raises(PlanError, match=r"there is no plan at someone/tiny/attnplan\.yaml"):
+        AutoModelForCausalLM.from_pretrained("someone/tiny", **options, **NAME)
 
 
 def test_other_weights_are_refused_when_they_are_loaded(folder: Path) -> None:
