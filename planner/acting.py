@@ -21,12 +21,18 @@ class Act:
     """What ran in one fresh forward pass.
 
     Attributes:
-        layers: how many ran the plan; None where the model is not patched.
-        omits: whether any of their heads leaves out a part that must show in the output.
+        tokens: of the pass.
+        rows: layer to what its heads ran, of the layers that ran the plan; None where the model is
+            not patched.
     """
 
-    layers: int | None = None
-    omits: bool = False
+    tokens: int
+    rows: dict[int, tuple[Approximation, ...]] | None = None
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers ran the plan."""
+        return None if self.rows is None else len(self.rows)
 
 
 @contextmanager
@@ -39,13 +45,13 @@ def acting(model: Any, tokens: int) -> Iterator[Act]:
     Raises:
         ValueError: a layer has a plan for this length, but did not run it.
     """
-    found = Act()
+    found = Act(tokens)
     states = _states(model)
     before = [Counter(state.model.counts[state.layer]) for state in states]
     yield found
     if not states:
         return
-    found.layers = 0
+    found.rows = {}
     for state, counted in zip(states, before, strict=True):
         kernel, _ = state.model.kernel(state.layer, tokens)
         if kernel is None:
@@ -57,13 +63,13 @@ def acting(model: Any, tokens: int) -> Iterator[Act]:
                 f"the plan did not act in layer {state.layer} where it was to be measured: "
                 f"{reasons or 'its attention was not called'}"
             )
-        found.layers += 1
-        found.omits |= _omits(model, state, kernel.assignment, tokens)
+        found.rows[state.layer] = kernel.assignment
 
 
 def refuse_without_effect(model: Any, act: Act) -> None:
-    """Raises ValueError: not one prediction changed although a plan ran that leaves things out."""
-    if act.omits:
+    """Raises ValueError where a plan ran that leaves things out: not one prediction changed."""
+    rows = {} if act.rows is None else act.rows
+    if any(_omits(model, layer, row, act.tokens) for layer, row in rows.items()):
         raise ValueError(
             f"the plan did not act: {act.layers} layers of {type(model).__name__} ran it, but all "
             "predictions are those of the original model to the last bit, so nothing was measured"
@@ -75,7 +81,8 @@ def _states(model: Any) -> list[LayerState]:
     return sorted((s for s in found if s is not None), key=lambda state: state.layer)
 
 
-def _omits(model: Any, state: LayerState, row: tuple[Approximation, ...], tokens: int) -> bool:
-    site = attention_sites(model)[state.layer]
+def _omits(model: Any, layer: int, row: tuple[Approximation, ...], tokens: int) -> bool:
+    """Whether any head leaves out a part that must show in the output."""
+    site = attention_sites(model)[layer]
     shape = AttentionShape(1, site.heads, site.kv_heads, tokens, tokens, site.head_dim)
     return any(a.density(shape) < WHOLE for a in set(row))

@@ -239,7 +239,7 @@ def held_bytes(model: Any, applied: Applied, tokens: Tensor, more: int) -> tuple
 def decode_ms(
     model: Any, applied: Applied, tokens: Tensor, *, steps: int = STEPS
 ) -> tuple[float, float]:
-    """Median time of one token after a prompt, (plan, dense), in turn, in ms.
+    """Median time of one token after a prompt, logits included, (plan, dense), in turn, in ms.
 
     Args:
         model: a causal language model, not patched.
