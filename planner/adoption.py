@@ -167,15 +167,20 @@ def _before_first_call(model: Any, args: Any) -> None:
 
 
 def _adopt(model: Any) -> None:
-    """Patch a waiting model; it goes on waiting where that is refused."""
+    """Patch a waiting model; it goes on waiting where that is refused.
+
+    The hook stays until the end, so that calls from other threads wait too.
+    """
     waiting: _Waiting = model.__dict__[_WAITING]
     plan = waiting.plan or _find(model, model.config.name_or_path, {})
-    _stop_waiting(model)
+    del model.__dict__[_WAITING]
+    model.__dict__.pop(_LOADED, None)
     try:
         _patch(model, plan)
     except BaseException:
-        _wait(model, is_asked=True)
+        model.__dict__[_WAITING] = waiting
         raise
+    waiting.hook.remove()
 
 
 def _patch(model: PreTrainedModel, plan: Path) -> None:

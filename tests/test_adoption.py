@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,15 @@ def test_a_model_from_a_configuration_gets_its_plan_before_it_computes(folder: P
         with pytest.raises(PlanError, match="weights is"):
             logits(other)
     assert not any(ATTRIBUTE in vars(module) for module in other.modules())
+
+
+def test_threads_wait_for_the_plan(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **NAME).eval()
+    expected = logits(patch(build(), plan_for(build())))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(logits, [model] * 8))
+    assert ran(model) == {PLANNED: 8}
 
 
 def test_a_model_that_is_there_is_found(folder: Path) -> None:
