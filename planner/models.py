@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
+import re
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from attnplan.attention_sites import attention_sites
 from attnplan.loading import check_loaded, check_no_adapter
 from attnplan.plan import ModelIdentity
 from attnplan.plan_yaml import plain
+from attnplan.profiles.magnitudes import Magnitudes, difference
 
 DEMO = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -187,10 +191,13 @@ def identity(model: PreTrainedModel, name: str | None = None) -> ModelIdentity:
         rope=plain(dict(getattr(config, "rope_parameters", None) or {}), "rope"),
         max_context=getattr(config, "max_position_embeddings", None),
         weights=weights_digest(model),
+        magnitudes=weights_magnitudes(model),
     )
 
 
 _SAMPLES = 65536
+_SMALLEST, _LARGEST = -14, 15
+"""Exponents of float16 that keep all its precision."""
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -200,16 +207,51 @@ def weights_digest(model: nn.Module) -> str:
     parameter: rounding to another floating-point type changes values, but never a sign.
     """
     digest = hashlib.sha256()
+    for name, shape, sample in _samples(model):
+        digest.update(f"{name}{shape}".encode())
+        digest.update(_sign_bits(sample) if sample.is_floating_point() else _octets(sample))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def weights_magnitudes(model: nn.Module) -> dict[str, float]:
+    """How large the weights of every kind are, the same for copies in other floating-point types.
+
+    A kind is a parameter's name with `*` for numbers such as that of its layer. Weights too small
+    or too large for float16 count as the smallest or largest that it has.
+
+    Returns:
+        Kind to the mean of log2(mean |w|) over its parameters, to three decimals.
+    """
+    names, means = [], []
+    for name, _, sample in _samples(model):
+        if sample.is_floating_point() and sample.numel():
+            names.append(re.sub(r"\d+", "*", name))
+            sizes = sample.float().abs().nan_to_num(nan=0.0).clamp(max=2.0**_LARGEST)
+            means.append(sizes.mean().cpu())
+    logs: dict[str, list[float]] = {}
+    for name, mean in zip(names, means, strict=True):
+        logs.setdefault(name, []).append(math.log2(max(float(mean), 2.0**_SMALLEST)))
+    return {name: round(statistics.fmean(found), 3) for name, found in sorted(logs.items())}
+
+
+def resized(model: nn.Module, before: Magnitudes | None) -> str | None:
+    """How the weights of a model are larger or smaller than they were, in words; None if not."""
+    return difference(weights_magnitudes(model), before)
+
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape, and up to 65,536 evenly spaced elements of every parameter, by name.
+
+    Raises:
+        ValueError: a parameter is not in memory.
+    """
     for name, parameter in sorted(base_parameters(model)):
         if parameter.is_meta:
             raise ValueError(
                 f"{name} is not in memory; attnplan needs a model that is not offloaded"
             )
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: -(-flat.numel() // _SAMPLES) or 1]
-        digest.update(_sign_bits(sample) if sample.is_floating_point() else _octets(sample))
-    return f"sha256:{digest.hexdigest()}"
+        yield name, tuple(parameter.shape), flat[:: -(-flat.numel() // _SAMPLES) or 1]
 
 
 def _sign_bits(sample: Tensor) -> bytes:

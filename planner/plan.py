@@ -47,6 +47,8 @@ from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.keeper import Keeper
 from attnplan.plan_fitted import check_fitted
 from attnplan.plan_yaml import PlanError, plain
+from attnplan.profiles import magnitudes
+from attnplan.profiles.magnitudes import Magnitudes
 from attnplan.profiles.output_files import replace_files
 
 __all__ = ["DecodeSection", "ModelIdentity", "Plan", "PlanError", "Section", "Target"]
@@ -68,7 +70,8 @@ class ModelIdentity:
         heads, kv_heads, head_dim: sizes of every attention layer.
         rope: rotary parameters of the configuration; empty when there are none.
         max_context: longest text the model was made for, or None when it does not say.
-        weights: digest of the weights, independent of their floating-point type.
+        weights: digest of the signs of the weights, independent of their floating-point type.
+        magnitudes: how large they are, compared with a tolerance; None in older plans.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ModelIdentity:
     rope: Mapping[str, Any]
     max_context: int | None
     weights: str
+    magnitudes: Magnitudes | None = field(default=None, compare=False)
 
     def prefill_shape(self, length: int) -> AttentionShape:
         """Sizes of a layer's attention while one text of `length` tokens is read."""
@@ -87,8 +91,9 @@ class ModelIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of everything but the name."""
-        told = {key: value for key, value in asdict(self).items() if key != "name"}
+        """A digest of everything but the name and the magnitudes: a digest knows no tolerance."""
+        left_out = ("name", "magnitudes")
+        told = {key: value for key, value in asdict(self).items() if key not in left_out}
         return "sha256:" + hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
 
     def difference(self, other: ModelIdentity) -> str | None:
@@ -104,7 +109,7 @@ class ModelIdentity:
         for key in self.rope.keys() & other.rope.keys():
             if self.rope[key] != other.rope[key]:
                 return f"rope {key} is {self.rope[key]}, not {other.rope[key]}"
-        return None
+        return magnitudes.difference(self.magnitudes, other.magnitudes)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ _Named = TypeVar("_Named", Approximation, Keeper)
 def spell(plan: Plan, data_file: str) -> str:
     """The YAML text of a plan whose fitted data is called `data_file`."""
     model = {("context" if k == "max_context" else k): v for k, v in asdict(plan.model).items()}
+    if plan.model.magnitudes is None:
+        del model["magnitudes"]
     data: dict[str, Any] = {"attnplan": VERSION}
     data["model"] = readable(plain(model, "model"))
     data["target"] = readable(plain(asdict(plan.target), "target"))
@@ -141,9 +143,11 @@ def parse(path: Path) -> Plan:
 
 def _parse_model(entry: Entry) -> ModelIdentity:
     sizes = ("layers", "heads", "kv_heads", "head_dim")
-    fields = entry.fields(("name", "architecture", *sizes, "rope", "weights"), ("context",))
+    fields = entry.fields(
+        ("name", "architecture", *sizes, "rope", "weights"), ("context", "magnitudes")
+    )
     rope = dict(fields["rope"].items())
-    limit = fields.get("context")
+    limit, large = fields.get("context"), fields.get("magnitudes")
     counts = {size: fields[size].integer(1, MOST[size]) for size in sizes}
     if counts["heads"] % counts["kv_heads"]:
         raise fields["kv_heads"].error(
@@ -160,6 +164,7 @@ def _parse_model(entry: Entry) -> ModelIdentity:
         rope={key: value.plain() for key, value in rope.items()},
         max_context=None if limit is None or limit.value is None else limit.integer(1),
         weights=fields["weights"].text(),
+        magnitudes=None if large is None else {str(k): v.number() for k, v in large.items()},
     )
 
 

@@ -88,6 +88,15 @@ class Entry:
             raise self.error(f"must be at most {most}, got {_shown(number)}")
         return number
 
+    def number(self) -> float:
+        """A finite number."""
+        number = self.value
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise self.error(f"must be a number, got {_shown(self.plain())}")
+        if not -LONGEST <= number <= LONGEST:
+            raise self.error(f"must be a finite number, got {_shown(number)}")
+        return float(number)
+
     def pair(self, least: int = 0) -> tuple[int, int]:
         """A range [low, high] of two integers in order."""
         entries = self.entries()

@@ -99,6 +99,7 @@ def model_record(loaded: LoadedModel) -> records.ModelIdentity:
 
 def run_key(loaded: LoadedModel, work: Workload) -> records.RunKey:
     """What determines a profile run."""
+    large = loaded.identity.magnitudes
     return records.RunKey(
         model=model_record(loaded),
         dataset=work.tokens.identity,
@@ -106,14 +107,17 @@ def run_key(loaded: LoadedModel, work: Workload) -> records.RunKey:
         sequences=work.texts,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         seed=work.seed,
-        settings={"version": VERSION},
+        settings={"version": VERSION, **({} if large is None else {"magnitudes": dict(large)})},
     )
 
 
 def capture_files(key: records.RunKey, folder: Path) -> CaptureFiles:
     """Where the captured tensors of a run are kept between profiling and scoring."""
     name = digest(
-        [key.model.fingerprint, key.dataset.digest, key.context, key.sequences, key.dtype, key.seed]
+        [
+            *(key.model.fingerprint, key.dataset.digest, key.context, key.sequences),
+            *(key.dtype, key.seed, dict(key.settings)),
+        ]
     )
     return CaptureFiles(folder / name[:16])
 

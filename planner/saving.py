@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from attnplan.models import weights_digest
+from attnplan.models import resized, weights_digest
 from attnplan.plan import Plan
 
 PLAN_FILE = "attnplan.yaml"
@@ -62,7 +62,7 @@ def _refusal(model: Any, plan: Plan | None, push_to_hub: bool) -> str | None:
         return "the model runs a mere assignment; save a Plan with its `save`"
     if getattr(model, "_hf_peft_config_loaded", False):
         return "adapters alone are saved, and the plan is for the weights below them"
-    if weights_digest(model) != plan.model.weights:
+    if weights_digest(model) != plan.model.weights or resized(model, plan.model.magnitudes):
         return "its weights are no longer those that the plan was made for; search again"
     if push_to_hub:
         return "transformers uploads its own files only; use model.push_to_hub"

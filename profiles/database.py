@@ -18,7 +18,7 @@ import numpy as np
 from sqlalchemy import Connection, Table, select, update
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from attnplan.profiles import records
+from attnplan.profiles import magnitudes, records
 from attnplan.profiles.arrays import Array, narrow, pack, pack_all, unpack, unpack_all
 from attnplan.profiles.digest import digest
 from attnplan.profiles.migrations.engine import DatabaseError as DatabaseError
@@ -45,6 +45,8 @@ from attnplan.profiles.tables import (
     upsert,
 )
 
+MAGNITUDES = "magnitudes"
+"""Among the settings of a run: how large the weights of its model are."""
 _FITTED_KEY = ("run_id", "layer", "name")
 T = TypeVar("T")
 
@@ -94,7 +96,11 @@ class Store:
     # Profile runs
 
     def open_run(self, key: records.RunKey) -> records.ProfileRun:
-        """The run of this key, made if there is none."""
+        """The run of this key, made if there is none.
+
+        The magnitudes of the model among its settings need not be the same to the last digit, and
+        runs of older versions have none.
+        """
         with self._writing() as connection:
             unique = {
                 "model_id": _model_id(connection, key.model),
@@ -107,6 +113,9 @@ class Store:
                 "seed": key.seed,
                 "settings_digest": digest(dict(key.settings)),
             }
+            known = _known_run(connection, unique, key.settings)
+            if known is not None:
+                unique["settings_digest"] = known
             more = {"settings": dict(key.settings), "status": "running", "created": _now()}
             run = get_or_create(connection, RunRow, unique, more)
         return self.run(run)
@@ -385,6 +394,29 @@ def _values(record: Any) -> dict[str, Any]:
 def _model_id(connection: Connection, model: records.ModelIdentity) -> int:
     key = {"fingerprint": model.fingerprint}
     return get_or_create(connection, ModelRow, key, _values(model))
+
+
+def _known_run(
+    connection: Connection, unique: Mapping[str, Any], settings: Mapping[str, Any]
+) -> str | None:
+    """Digest of the settings of a run with the same settings, magnitudes within the tolerance."""
+
+    def others(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in of.items() if name != MAGNITUDES}
+
+    source = table(RunRow)
+    same = [source.c[name] == value for name, value in unique.items() if name != "settings_digest"]
+    rows = connection.execute(
+        select(source.c.settings, source.c.settings_digest).where(*same).order_by(source.c.id)
+    ).all()
+    mine = settings.get(MAGNITUDES)
+    alike = [
+        (MAGNITUDES in row.settings, row.settings_digest)
+        for row in rows
+        if others(row.settings) == others(settings)
+        and magnitudes.difference(mine, row.settings.get(MAGNITUDES)) is None
+    ]
+    return max(alike, key=lambda one: one[0])[1] if alike else None
 
 
 def _device_id(connection: Connection, device: records.DeviceIdentity) -> int:

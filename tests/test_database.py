@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -486,3 +487,28 @@ def test_arrays_and_digests_are_stable() -> None:
     for bad in (float("nan"), object(), {1, 2}):
         with pytest.raises(ValueError, match="no canonical JSON"):
             digest({"x": bad})
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    with Store(url) as opened:
+        yield opened
+
+
+def test_runs_know_their_model_by_the_size_of_its_weights(store: Store) -> None:
+    def opened(**sizes: float) -> int:
+        settings = dict(KEY.settings) | ({"magnitudes": sizes} if sizes else {})
+        return store.open_run(replace(KEY, settings=settings)).id
+
+    first, small = opened(q=-3.0, k=-2.0), opened(q=-3.5, k=-2.0)
+    assert first != small
+    assert opened(q=-3.003, k=-1.998) == first  # rounded to another type
+    assert opened(q=-3.498, k=-2.0) == small
+    assert opened(q=5.0, k=-2.0) not in (first, small)
+
+
+def test_runs_of_older_versions_are_found(store: Store) -> None:
+    before = store.open_run(KEY).id  # says nothing of sizes
+    sized = replace(KEY, settings={**KEY.settings, "magnitudes": {"q": -3.0}})
+    assert store.open_run(sized).id == before
+    assert store.open_run(KEY).id == before

@@ -8,6 +8,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -33,7 +35,9 @@ from attnplan.models import (
     load_weights,
     parse_dtype,
     weights_digest,
+    weights_magnitudes,
 )
+from attnplan.profiles import magnitudes
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:
@@ -75,6 +79,43 @@ def test_a_model_without_rotary_embedding_has_an_identity() -> None:
 def test_a_copy_in_another_dtype_is_the_same_model(dtype: torch.dtype) -> None:
     assert identity(llama().to(dtype), "a").difference(identity(llama(), "b")) is None
     assert identity(llama().to(dtype), "a").fingerprint == identity(llama(), "b").fingerprint
+
+
+@pytest.mark.parametrize("factor", [50.0, 2.0, 0.9])
+@pytest.mark.parametrize("part", ["q_proj", "layers.1.self_attn.q_proj", "embed_tokens", "norm"])
+def test_weights_of_another_size_are_another_model(factor: float, part: str) -> None:
+    mine, scaled = identity(llama()), llama()
+    with torch.no_grad():
+        for name, weight in scaled.named_parameters():
+            if part in name:
+                weight.mul_(factor)
+    other = identity(scaled)
+    assert mine.weights == other.weights
+    assert " times as large" in str(mine.difference(other))
+    older = replace(mine, magnitudes=None)  # as plans of today say it
+    assert older.difference(other) is None and other.difference(older) is None
+    assert older.fingerprint == mine.fingerprint
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    scale=st.floats(-24, 17).map(lambda exponent: 2.0**exponent),
+    count=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 99),
+)
+def test_rounding_moves_no_magnitude_beyond_the_tolerance(
+    scale: float, count: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(count, generator=generator) * scale
+    module = torch.nn.ParameterDict({"w": torch.nn.Parameter(weights)})
+    found = [weights_magnitudes(module)]
+    for dtype in (torch.bfloat16, torch.float16):
+        copy = torch.nn.ParameterDict({"w": torch.nn.Parameter(weights.to(dtype))})
+        found.append(weights_magnitudes(copy))
+    for one in found:
+        for other in found:
+            assert magnitudes.difference(one, other) is None
 
 
 def test_other_weights_are_another_model() -> None:

@@ -323,3 +323,18 @@ def test_a_failed_save_leaves_the_old_plan(saved: Path) -> None:
         plan([[FITTED] * 6] * 3).save(saved)
     assert Plan.load(saved) == before
     assert [path.name for path in saved.parent.iterdir()] == ["plan.yaml"]
+
+
+def test_the_size_of_weights_survives_and_is_compared(tmp_path: Path) -> None:
+    sized = replace(MODEL, magnitudes={"layers.*.q.weight": -3.25, "norm.weight": 0.0})
+    plan(model=sized).save(tmp_path / "plan.yaml")
+    found = Plan.load(tmp_path / "plan.yaml").model
+    assert found == sized and found.magnitudes == sized.magnitudes
+    other = replace(sized, magnitudes={"layers.*.q.weight": 2.394, "norm.weight": 0.0})
+    assert other.difference(found) == "layers.*.q.weight is 50 times as large"
+    assert MODEL.difference(found) is None and found.difference(MODEL) is None
+    text = (tmp_path / "plan.yaml").read_text()
+    for wrong in (".nan", "true", "'1'", "[1]", "1e300"):
+        (tmp_path / "plan.yaml").write_text(text.replace("-3.25", wrong))
+        with pytest.raises(PlanError, match=r"model\.magnitudes\.layers\.\*\.q\.weight: must be"):
+            Plan.load(tmp_path / "plan.yaml")
