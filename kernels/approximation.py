@@ -4,8 +4,9 @@
                        z_i = sum over near(i) of e^{s_ij}      +  sum over far(i) of e^{q_i.k_c + b_c} w_c
 
 The near field is exact softmax over the keys that a `Selector` chose; the far field is a set of
-slots (pseudo-keys) that a `Compressor` made of keys that the near field left out. A compressor may
-also sum over those keys itself, by a kernel other than the exponential: then it contributes a
+slots (pseudo-keys) that a `Compressor` made of keys that the near field left out. Where a query
+reads single keys that slots hold too, these leave their slots, so that no key counts twice. A
+compressor may also sum over those keys itself, by a kernel other than the exponential: then it contributes a
 `Part` to n_i and z_i. An `Approximation` is a selector, with or without a compressor.
 """  # noqa: E501
 
@@ -24,6 +25,7 @@ from attnplan.kernels import tile_list
 from attnplan.kernels.indexing import first_numbers, heads_of
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK, TileList
+from attnplan.kernels.token_selection import pack_tokens
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.attention + other.attention, self.selection + other.selection)
 
+
+LATER: Mapping[str, object] = {"later": True}
+"""Metadata of a knob that is spelled where it is not its default alone: it is newer than plans and
+tables that spell its method without it."""
 
 POSITIONS = 128
 """Keys in a chunk for statistics that depend on the position in a chunk."""
@@ -259,6 +265,10 @@ class Slots:
         weight: float32 [batch, slot_heads, slots].
         value: [batch, slot_heads, slots, value_dim].
         head: int32 [heads], the row of `key` that a head reads, -1 for none.
+        member: int32 [batch, slot_heads, keys], the slot that holds a key, -1 for none; None where
+            no key is taken out of its slot.
+        share: float32 [batch, slot_heads, keys], what a key is of its slot's `weight`; the same
+            share of its value is in the slot's `value`.
     """
 
     key: Tensor
@@ -266,6 +276,8 @@ class Slots:
     weight: Tensor
     value: Tensor
     head: Tensor
+    member: Tensor | None = None
+    share: Tensor | None = None
 
 
 class Selector(ABC):
@@ -280,6 +292,9 @@ class Selector(ABC):
     keeps_chunks: ClassVar[bool] = False
     """Before a floor it keeps whole chunks, those that it chooses (`beside`): a compressor that is
     `separable` may stand in for the others. Chunks are then runs of whole key blocks."""
+    picks_keys: ClassVar[bool] = False
+    """Before a floor it keeps single keys, those that it chooses (`chosen`): a compressor that
+    `leaves_out` keys may stand in for the others."""
     cost_is_bound: ClassVar[bool] = False
     """How many pairs are computed depends on the content: `cost` says how many at most."""
     selects_together: ClassVar[bool] = False
@@ -318,6 +333,31 @@ class Selector(ABC):
             The tiles, and bool [batch, heads, n, chunks], None for no chunk.
         """
         return self.near(inputs, blocks, floor), None
+
+    def chosen(self, inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:
+        """The single keys before a floor that stay near, where the selector `picks_keys`.
+
+        Args:
+            inputs: the call.
+            blocks: which blocks of 64 query rows to answer for.
+            floor: int64 [batch, n], where the far field ends.
+
+        Returns:
+            int32 [batch, heads, 64 * n, most], keys in [start + sinks, floor), distinct in a row,
+            -1 for none.
+
+        Raises:
+            NotImplementedError: it chooses no single keys.
+        """
+        raise NotImplementedError(f"{self.name} chooses no single keys")
+
+    def chosen_cost(self, shape: AttentionShape, candidates: Tensor) -> Cost:
+        """Multiply-adds of choosing and reading single keys, where every query has `candidates`."""
+        return Cost(0.0)
+
+    def picked(self, candidates: Tensor) -> Tensor:
+        """Of so many keys before a floor, how many a query reads at most, where it `picks_keys`."""
+        return torch.zeros_like(candidates)
 
     def kept_chunks(self, chunks: Tensor, chunk: int) -> Tensor:
         """Of `chunks` chunks of `chunk` keys before a floor, how many `beside` keeps."""
@@ -390,6 +430,16 @@ class Compressor(ABC):
         """All is in `far`, and each chunk has slots of its own: a query block may leave any out."""
         return False
 
+    @property
+    def leaves_out(self) -> bool:
+        """A query may read any keys before the floor by itself: they leave what it is told here."""
+        return False
+
+    @property
+    def opens(self) -> bool:
+        """Which tiles are read depends on the content, whatever the selector."""
+        return False
+
     @classmethod
     @abstractmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
@@ -418,20 +468,33 @@ class Compressor(ABC):
         """
 
     def far(
-        self, inputs: Inputs, floor: Tensor, sinks: Sequence[int], kept: Tensor | None = None
+        self,
+        inputs: Inputs,
+        floor: Tensor,
+        sinks: Sequence[int],
+        kept: Tensor | None = None,
+        *,
+        blocks: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> tuple[Slots | None, TileList]:
-        """Slots for the keys in [start + sinks, floor), and the slot tiles of each query block.
+        """Slots for the keys in [start + sinks, floor), and the tiles that read them.
 
         No slots where no query block has a far field yet, or where all of it is in `part`.
 
         Args:
             inputs: the call.
-            floor: int64 [batch, heads, blocks].
+            floor: int64 [batch, heads, n].
             sinks: for each head, first keys that stay near.
-            kept: bool [batch, heads, blocks, chunks], chunks that stay near, if `separable`.
+            kept: bool [batch, heads, n, chunks], chunks that stay near, if `separable`.
+            blocks: int64 [n], which blocks of 64 query rows to answer for; by default all.
+            tokens: int32 [batch, heads, 64 * n, most], single keys that are read by themselves (see
+                `Selector.chosen`), if `leaves_out`; their tiles are among those returned.
         """
         chunks = int(self.chunks_before(inputs, floor).max())
-        return self.compress(inputs, chunks, sinks), self.far_tiles(inputs, floor, kept)
+        tiles = self.far_tiles(inputs, floor, kept)
+        if tokens is not None:
+            tiles = tile_list.concat([tiles, pack_tokens(tokens, inputs.key.shape[2])])
+        return self.compress(inputs, chunks, sinks), tiles
 
     def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
         """The slots of `far`.
@@ -449,7 +512,13 @@ class Compressor(ABC):
         return tile_list.empty(batch, heads, blocks, floor.device)
 
     def part(
-        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int], chunks: int
+        self,
+        inputs: Inputs,
+        blocks: Tensor,
+        floor: Tensor,
+        sinks: Sequence[int],
+        chunks: int,
+        tokens: Tensor | None = None,
     ) -> Part | None:
         """What the keys in [start + sinks, floor) contribute to the rows of `blocks` without slots.
 
@@ -462,8 +531,17 @@ class Compressor(ABC):
             floor: int64 [batch, heads, n].
             sinks: for each head, first keys that stay near.
             chunks: the most that lie before a floor.
+            tokens: as in `far`; single keys that are not in the part.
         """
         return None
+
+    def left_out_macs(self, shape: AttentionShape, picked: float) -> float:
+        """Multiply-adds of taking `picked` single keys of all queries out of the far field."""
+        return 0.0
+
+    @abstractmethod
+    def before(self, shape: AttentionShape, window: int, sinks: int) -> Tensor:
+        """For every query, how many keys the far field stands in for, int64 [queries]."""
 
     @abstractmethod
     def cost(
@@ -488,11 +566,14 @@ class NearField:
         tiles: what is read.
         floor: int64 [batch, heads, blocks], where the far field ends.
         kept: bool [batch, heads, blocks, chunks], chunks before it that are near; None for none.
+        tokens: int32 [batch, heads, 64 * blocks, most], single keys before it that are near, -1 for
+            none; None where none are chosen. The tiles do not have them.
     """
 
     tiles: TileList
     floor: Tensor
     kept: Tensor | None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -504,6 +585,13 @@ class Approximation:
 
     def __post_init__(self) -> None:
         if self.far is None or self.near.far_compatible:
+            return
+        if self.near.picks_keys:
+            if not self.far.leaves_out:
+                raise ValueError(
+                    f"{self.near.name} cannot be paired with {self.far.name} of these settings, "
+                    "which cannot leave out single keys"
+                )
             return
         if not self.near.keeps_chunks:
             raise ValueError(f"{self.near.name} cannot be paired with a far field")
@@ -539,7 +627,19 @@ class Approximation:
         if self.far is None:
             return self.near.cost(shape)
         kept = partial(self.near.kept_chunks, chunk=self.far.chunk)
-        return self.near.cost_beside(shape) + self.far.cost(shape, *self.reach, kept)
+        cost = self.near.cost_beside(shape) + self.far.cost(shape, *self.reach, kept)
+        if not self.near.picks_keys:
+            return cost
+        candidates = self.far.before(shape, *self.reach)
+        picked = float(self.near.picked(candidates).sum())
+        taken_out = Cost(0.0, self.far.left_out_macs(shape, picked))
+        return cost + self.near.chosen_cost(shape, candidates) + taken_out
+
+    @property
+    def cost_is_bound(self) -> bool:
+        """`cost` counts at most so many pairs: the content decides how many there are."""
+        by_content = self.far is not None and (self.near.picks_keys or self.far.opens)
+        return by_content or self.near.cost_is_bound
 
     def density(self, shape: AttentionShape) -> float:
         """Multiply-adds, selection included, as a share of dense causal attention."""
@@ -551,7 +651,9 @@ class Approximation:
             return self.near.near(inputs, blocks), None
         near = self.beside(inputs, blocks)
         sinks = (self.reach[1],) * len(inputs.head)
-        slots, far = self.far.far(self.chunked(inputs), near.floor, sinks, near.kept)
+        slots, far = self.far.far(
+            self.chunked(inputs), near.floor, sinks, near.kept, blocks=blocks, tokens=near.tokens
+        )
         return tile_list.concat([near.tiles, far]), slots
 
     def beside(self, inputs: Inputs, blocks: Tensor) -> NearField:
@@ -559,7 +661,8 @@ class Approximation:
         assert self.far is not None
         floor = self.far.floor(self.chunked(inputs), blocks, self.near.recent)
         tiles, kept = self.near.beside(inputs, blocks, floor, self.far.chunk)
-        return NearField(tiles, floor[:, None].expand(-1, len(inputs.head), -1), kept)
+        tokens = self.near.chosen(inputs, blocks, floor) if self.near.picks_keys else None
+        return NearField(tiles, floor[:, None].expand(-1, len(inputs.head), -1), kept, tokens)
 
     def chunked(self, inputs: Inputs) -> Inputs:
         """The call as the far field sees it: chunks begin at `start`."""
@@ -571,15 +674,20 @@ class Approximation:
             return None
         window, sinks = self.reach
         heads = len(inputs.head)
-        floor = self.far.floor(inputs, blocks, window)[:, None].expand(-1, heads, -1)
+        end = self.far.floor(inputs, blocks, window)
+        floor = end[:, None].expand(-1, heads, -1)
         chunks = int(self.far.chunks_before(inputs, floor).max())
-        return self.far.part(inputs, blocks, floor, (sinks,) * heads, chunks)
+        tokens = None
+        if self.near.picks_keys and not self.far.separable:
+            tokens = self.near.chosen(inputs, blocks, end)
+        return self.far.part(inputs, blocks, floor, (sinks,) * heads, chunks, tokens)
 
     @property
     def together(self) -> str:
         """Approximations with the same text share what a layer pays once."""
         if self.far is not None:
-            return repr(self if self.near.keeps_chunks else self.far)
+            alone = self.near.keeps_chunks or self.near.picks_keys
+            return repr(self if alone else self.far)
         return self.near.name if self.near.selects_together else repr(self.near)
 
     @property

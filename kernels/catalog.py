@@ -6,7 +6,7 @@ A method is added by one file in `kernels/near` or `kernels/far` and its name he
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
 
@@ -164,13 +164,18 @@ def key(approximation: Approximation) -> str:
     """One canonical line: `window(window=128, sinks=4) + centroid_t(chunk=256, slots=16)`."""
     parts = [approximation.near] + ([approximation.far] if approximation.far else [])
     return " + ".join(
-        f"{part.name}({', '.join(f'{k}={v}' for k, v in asdict(part).items())})"  # type: ignore[call-overload]
-        for part in parts
+        f"{part.name}({', '.join(f'{k}={v}' for k, v in _knobs(part).items())})" for part in parts
     )
 
 
 def _spell(part: Selector | Compressor) -> dict[str, Any]:
-    return {"name": part.name, **asdict(part)}  # type: ignore[call-overload]
+    return {"name": part.name, **_knobs(part)}
+
+
+def _knobs(part: Selector | Compressor) -> dict[str, int]:
+    """The settings that a method is spelled with."""
+    knobs = ((f, getattr(part, f.name)) for f in fields(part))  # type: ignore[arg-type]
+    return {f.name: x for f, x in knobs if not (f.metadata.get("later") and x == f.default)}
 
 
 def _build(known: Mapping[str, type[_Part]], spelled: Any, what: str) -> _Part:

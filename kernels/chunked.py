@@ -54,6 +54,10 @@ class ChunkedFarField(Compressor):
         position = torch.arange(chunks * self.chunk, device=device).view(chunks, self.chunk)
         return position < numbers_on(tuple(sinks), device)[:, None, None]
 
+    def before(self, shape: AttentionShape, window: int, sinks: int) -> Tensor:
+        chunks, _ = self.visible(shape, window, sinks)
+        return (chunks * self.chunk - sinks).clamp(min=0)
+
     def visible(self, shape: AttentionShape, window: int, sinks: int) -> tuple[Tensor, Tensor]:
         """For every query, how many chunks it reads, and how many near keys the pair adds.
 

@@ -3,17 +3,35 @@
 Clusters are found by Lloyd's algorithm, from keys that are drawn by systematic sampling (`pick`); a
 slot has the mean key and the sums of masses and values of its cluster. On a GPU all of it is one
 kernel, a program for every chunk.
+
+With `opened` every query reads the keys of its heaviest clusters themselves, as many clusters as
+hold no more than `opened` keys together, in the order of what their slots weigh for the query; an
+open cluster's slot is not read.
+
+Source: Hooper et al., Multipole Attention, https://arxiv.org/abs/2506.13059, section 3 (centroids
+choose which clusters are attended to exactly, the others are counted at their centroids).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
+from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs, Slots
+from attnplan.kernels import open_clusters
+from attnplan.kernels.approximation import (
+    LATER,
+    AttentionShape,
+    Cost,
+    Inputs,
+    Kept,
+    Selector,
+    Slots,
+)
+from attnplan.kernels.single_keys import LEAST
 from attnplan.kernels.slot_chunks import (
     ChunkCompressor,
     Chunks,
@@ -23,6 +41,7 @@ from attnplan.kernels.slot_chunks import (
     pooled,
     take,
 )
+from attnplan.kernels.tile_list import TileList
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,63 @@ class ClusterCompressor(ChunkCompressor):
     """Keys weigh in Lloyd's algorithm with the square roots of their masses, else with these."""
     metric_name: ClassVar[str | None] = None
     """Fitted matrices [heads, head_dim, head_dim]: distances are those of keys times them."""
+    settings_opened: ClassVar[tuple[tuple[int, int, int], ...]] = ()
+    """(chunk, slots, opened) worth trying, in longer texts."""
+    is_partition: ClassVar[bool] = True
+
+    opened: int = field(default=0, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.opened < 0:
+            raise ValueError(f"opened must not be negative, got {self.opened}")
+
+    @classmethod
+    def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
+        yield from super().choices_behind(near, shape)
+        if near.far_compatible and near.recent in cls.windows[:2] and shape.keys >= LEAST:
+            for chunk, slots, opened in cls.settings_opened:
+                yield cls(chunk, slots, opened=opened)
+
+    @property
+    def opens(self) -> bool:
+        return self.opened > 0
+
+    @property
+    def leaves_out(self) -> bool:
+        return not self.opens
+
+    def far(
+        self,
+        inputs: Inputs,
+        floor: Tensor,
+        sinks: Sequence[int],
+        kept: Tensor | None = None,
+        *,
+        blocks: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> tuple[Slots | None, TileList]:
+        chunks = self.chunks_before(inputs, floor)
+        if not self.opens or not int(chunks.max()):
+            return super().far(inputs, floor, sinks, kept, blocks=blocks, tokens=tokens)
+        slots = self.compress(inputs, int(chunks.max()), sinks, members=True)
+        assert slots is not None
+        query = inputs.rows(inputs.all_blocks if blocks is None else blocks)
+        words = self.words(chunks, kept)
+        return slots, open_clusters.tiles(query, slots, words, self.opened, inputs.scale)
+
+    def cost(
+        self, shape: AttentionShape, window: int, sinks: int, kept: Kept | None = None
+    ) -> Cost:
+        """With `opened`, an upper bound: clusters seldom hold just so many keys."""
+        cost = super().cost(shape, window, sinks, kept)
+        if not self.opens:
+            return cost
+        chunks, _ = self.visible(shape, window, sinks)
+        far = chunks if kept is None else chunks - kept(chunks)
+        read = int((far * self.chunk).clamp(max=self.opened).sum())
+        scores = float(self.read(far).sum()) * shape.head_dim
+        return cost + Cost(2.0 * shape.head_dim * read, scores)
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         points = chunks.key
@@ -47,10 +123,12 @@ class ClusterCompressor(ChunkCompressor):
         weight = chunks.weight.sqrt() if self.by_root else chunks.weight
         return pooled(chunks, lloyd(points, weight, take(points, seed), self.steps))
 
-    def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
-        if chunks and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
+    def compress(
+        self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
+    ) -> Slots | None:
+        if not members and chunks and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
             from attnplan.kernels.engines import cluster_triton
 
             if cluster_triton.serves(self, inputs):
                 return cluster_triton.compress(self, inputs, chunks, sinks)
-        return super().compress(inputs, chunks, sinks)
+        return super().compress(inputs, chunks, sinks, members)

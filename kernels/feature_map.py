@@ -14,6 +14,9 @@ e^b weighs a key, e^m shifts a row, and only y.x is left to the features. The st
 kept below its largest weight, and running sums below the largest so far. A row whose mass is
 negative, or lost in the rounding of terms that cancel, takes its near field alone.
 
+Keys that a query reads by themselves leave its state: <f(q), f(k_j)> (1, v_j) is subtracted, as in
+Chen et al., Scatterbrain, https://arxiv.org/abs/2110.15343, section 4.1.
+
 Sources: Katharopoulos et al., https://arxiv.org/abs/2006.16236, sections 3.2 and 3.3;
 `balance` for the coordinates. Unlike in linear attention, a chunk of keys before the query is
 near, and mass and values add up with the exact ones of the near field.
@@ -32,11 +35,19 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Kept, Moments
+from attnplan.kernels.approximation import (
+    AttentionShape,
+    Cost,
+    Inputs,
+    Kept,
+    Moments,
+    Selector,
+)
 from attnplan.kernels.chunked import ChunkedFarField
 from attnplan.kernels.indexing import heads_of
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.token_selection import pack_tokens
 
 Side = Literal["query", "key"]
 NUMBERS = 1 << 23  # features that are held at a time
@@ -88,6 +99,8 @@ class FeatureMap(ChunkedFarField):
     predictor: ClassVar[str] = "random_feature_exponent"
     least_keys: ClassVar[int] = 0
     """Shorter texts are not worth trying."""
+    tried_beside_keys: ClassVar[tuple[Mapping[str, int], ...]] = ()
+    """Settings worth trying with a selector that picks keys of a cluster."""
     tried: ClassVar[Mapping[str, int]] = {}
     """Knobs worth trying, where they are not the defaults."""
     logarithmic: ClassVar[bool] = False
@@ -99,6 +112,19 @@ class FeatureMap(ChunkedFarField):
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
         if shape.keys >= max(3 * cls.chunk, cls.least_keys):
             yield cls(**cls.tried)
+
+    @classmethod
+    def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
+        yield from super().choices_behind(near, shape)
+        if near.picks_keys and near.family == "clustered":
+            yield from (cls(**knobs) for knobs in cls.tried_beside_keys)
+
+    @property
+    def leaves_out(self) -> bool:
+        return True
+
+    def left_out_macs(self, shape: AttentionShape, picked: float) -> float:
+        return picked * (self.count(shape.head_dim) + shape.head_dim)
 
     @abstractmethod
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
@@ -127,11 +153,22 @@ class FeatureMap(ChunkedFarField):
         """Multiply-adds of the features of one row."""
 
     def part(
-        self, inputs: Inputs, blocks: Tensor, floor: Tensor, sinks: Sequence[int], chunks: int
+        self,
+        inputs: Inputs,
+        blocks: Tensor,
+        floor: Tensor,
+        sinks: Sequence[int],
+        chunks: int,
+        tokens: Tensor | None = None,
     ) -> Part | None:
         if not chunks:
             return None
-        if self.logarithmic and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
+        if (
+            tokens is None
+            and self.logarithmic
+            and inputs.key.is_cuda
+            and inputs.key.dtype != torch.float64
+        ):
             from attnplan.kernels.engines import linear_triton
 
             return linear_triton.part(self, inputs, blocks, floor, sinks, chunks)
@@ -145,7 +182,8 @@ class FeatureMap(ChunkedFarField):
             here = inputs.heads(some)
             frame = Frame.of(here)
             state = self._states(here, frame, chunks, [sinks[h] for h in some])
-            made.append(self._read(here, frame, state, blocks, heads_of(read, some)))
+            left = None if tokens is None else self._left_out(here, frame, heads_of(tokens, some))
+            made.append(self._read(here, frame, state, blocks, heads_of(read, some), left))
         numerator, mass, shift = (torch.cat(same, 1) for same in zip(*made, strict=True))
         return Part(numerator, mass, shift, tuple(heads))
 
@@ -202,6 +240,15 @@ class FeatureMap(ChunkedFarField):
             torch.cat([nothing, shift], 2),
         )
 
+    def _left_out(self, inputs: Inputs, frame: Frame, tokens: Tensor) -> LeftOut:
+        dtype = frame.query_mean.dtype
+        key, value = (heads_of(t, inputs.kv_head).to(dtype) for t in (inputs.key, inputs.value))
+        x, log = frame.keys(key)
+        found = self.lift(x, "key", inputs)
+        if self.logarithmic:
+            return LeftOut(tokens, None, found + log, value)
+        return LeftOut(tokens, found, log, value)
+
     def _read(
         self,
         inputs: Inputs,
@@ -209,8 +256,12 @@ class FeatureMap(ChunkedFarField):
         state: tuple[Tensor, Tensor],
         blocks: Tensor,
         read: Tensor,
+        left: LeftOut | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Numerator, mass and shift of the rows of `blocks`, of which each reads one state."""
+        """Numerator, mass and shift of the rows of `blocks`, of which each reads one state.
+
+        The keys of `left` are taken out of it.
+        """
         batch, heads = read.shape[:2]
         query = inputs.rows(blocks).unflatten(2, (-1, BLOCK))
         states = state[0].shape[2]
@@ -229,15 +280,68 @@ class FeatureMap(ChunkedFarField):
                 top = weight.amax(-1)
                 weight = (weight - top[..., None]).exp()
             total = weight @ sums
-            mass = total[..., -1]
+            terms = total[..., -1]
             if not self.logarithmic:
                 terms = weight.norm(dim=-1) * sums[..., -1].norm(dim=-1)[..., None]
+            if left is not None:
+                total = total - left.read(weight, shift, some)
+            mass = total[..., -1]
+            if not self.logarithmic or left is not None:
                 lost = mass < CANCELLED * torch.finfo(mass.dtype).eps * terms
                 mass = mass.masked_fill(lost, 0.0)
             row_shift = row_shift + top.expand_as(mass).flatten(2, 3)
             made.append((total[..., :-1].flatten(2, 3), mass.flatten(2, 3), row_shift))
         numerator, mass, shift = (torch.cat(same, 2) for same in zip(*made, strict=True))
         return numerator, mass, shift
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Single keys that leave the states of the queries that read them.
+
+    Attributes:
+        tokens: int32 [batch, heads, 64 * blocks, most], -1 for none.
+        features: [batch, heads, keys, features] of all keys; None where they are logarithms.
+        log: [batch, heads, keys, 1] or the logarithms of the features; what a key weighs.
+        value: [batch, heads, keys, value_dim].
+    """
+
+    tokens: Tensor
+    features: Tensor | None
+    log: Tensor
+    value: Tensor
+
+    def read(self, weight: Tensor, shift: Tensor, blocks: slice) -> Tensor:
+        """What some blocks of rows read of them, [batch, heads, blocks, 64, value_dim + 1].
+
+        Args:
+            weight: features of the rows [batch, heads, blocks, 64, features].
+            shift: of the states that they read [batch, heads, blocks, features or 1].
+            blocks: which of the blocks of `tokens`.
+        """
+        keys = self.log.shape[2]
+        tokens = self.tokens.unflatten(2, (-1, BLOCK))[:, :, blocks].flatten(2, 3)
+        tiles = pack_tokens(tokens, keys)
+        rows, shifts = weight.flatten(0, 2), shift.flatten(0, 2)
+        row_of_tile = torch.repeat_interleave(
+            torch.arange(tiles.rows, device=weight.device), tiles.offsets.long().diff()
+        )
+        head = row_of_tile // tiles.blocks
+        out = weight.new_zeros(tiles.rows, BLOCK, self.value.shape[3] + 1)
+        step = max(1, NUMBERS // (BLOCK * weight.shape[-1]))
+        for first in range(0, len(row_of_tile), step):
+            some = slice(first, first + step)
+            row, at = row_of_tile[some], tiles.gather[some].long().clamp(min=0)
+            at = at + head[some, None] * keys
+            read = (self.log.flatten(0, 1).flatten(0, 1)[at] - shifts[row, None]).exp()
+            if self.features is not None:
+                read = read * self.features.flatten(0, 1).flatten(0, 1)[at]
+            bits = tiles.masks[some, :, None] >> torch.arange(BLOCK, device=at.device) & 1
+            share = (rows[row] @ read.mT).masked_fill(bits == 0, 0.0)
+            value = self.value.flatten(0, 1).flatten(0, 1)[at]
+            made = share @ torch.nn.functional.pad(value, (0, 1), value=1.0)
+            out.index_add_(0, row, made)
+        return out.view(*weight.shape[:4], -1)
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,11 @@ class LayerKernel:
         self._static = [(a, tuple(h)) for a, h in heads.items() if a.static]
         self._paired = [(a, tuple(h)) for a, h in heads.items() if a.far is not None]
         self._dynamic: dict[type[Selector], list[int]] = {}
-        self._compressed: dict[tuple[Compressor, bool], list[int]] = {}
+        self._compressed: dict[tuple[Compressor, bool, bool], list[int]] = {}
         for head, approximation in enumerate(assignment):
             if approximation.far is not None:
-                shared = approximation.far, approximation.near.keeps_chunks
+                near = approximation.near
+                shared = approximation.far, near.keeps_chunks, near.picks_keys
                 self._compressed.setdefault(shared, []).append(head)
             elif not approximation.static:
                 self._dynamic.setdefault(type(approximation.near), []).append(head)
@@ -100,7 +101,8 @@ class LayerKernel:
         if self._ready and is_gpu(query.device):
             return self._prepared(inputs)(inputs)[0] if not self._others else self._apart(inputs)
         blocks = inputs.all_blocks
-        tiles, slots = self.tiles(inputs, blocks)
+        fields = self._fields(inputs, blocks)
+        tiles, slots = self.tiles(inputs, blocks, fields)
         output, _ = attend(
             query,
             key,
@@ -109,7 +111,7 @@ class LayerKernel:
             kv_head=inputs.kv_head,
             tiles=tiles,
             slots=slots,
-            part=self.part(inputs, blocks),
+            part=self.part(inputs, blocks, fields),
         )
         return output
 
@@ -172,60 +174,76 @@ class LayerKernel:
             self._whole[place] = known
         return known
 
-    def tiles(self, inputs: Inputs, blocks: Tensor) -> tuple[TileList, Slots | None]:
+    def tiles(
+        self, inputs: Inputs, blocks: Tensor, fields: _Fields | None = None
+    ) -> tuple[TileList, Slots | None]:
         """Tile list and slots of the whole layer for some query blocks."""
+        fields = self._fields(inputs, blocks) if fields is None else fields
         parts: list[tuple[Sequence[int], TileList]] = []
         if self._static:
             parts.append(self._static_tiles(inputs, blocks))
         for method, heads in self._dynamic.items():
             selectors = [self.assignment[head].near for head in heads]
             parts.append((heads, method.select(selectors, inputs.heads(tuple(heads)), blocks)))
-        fields: dict[int, tuple[NearField, int]] = {}
-        for approximation, paired in self._paired:
-            field = approximation.beside(inputs.heads(paired), blocks)
-            fields |= {head: (field, row) for row, head in enumerate(paired)}
-            parts.append((paired, field.tiles))
+        parts += [(paired, fields[paired[0]][0].tiles) for _, paired in self._paired]
         near = tile_list.stack_heads(parts, len(self.assignment))
         if not self._compressed:
             return near, None
-        far, slots = self._far(inputs, len(blocks), fields)
+        far, slots = self._far(inputs, blocks, fields)
         return tile_list.concat([near, far]), slots
 
-    def part(self, inputs: Inputs, blocks: Tensor) -> Part | None:
+    def _fields(self, inputs: Inputs, blocks: Tensor) -> _Fields:
+        """The near fields of heads with a far field, and the place of each head in its field."""
+        fields: _Fields = {}
+        for approximation, paired in self._paired:
+            field = approximation.beside(inputs.heads(paired), blocks)
+            fields |= {head: (field, row) for row, head in enumerate(paired)}
+        return fields
+
+    def part(self, inputs: Inputs, blocks: Tensor, fields: _Fields | None = None) -> Part | None:
         """What far fields contribute to some query blocks besides `tiles`."""
         parts = []
-        for (compressor, keeps_chunks), heads in self._compressed.items():
-            if keeps_chunks:
+        for (compressor, keeps_chunks, _), heads in self._compressed.items():
+            if keeps_chunks or compressor.separable:
                 continue
-            windows, sinks = zip(*(self.assignment[head].reach for head in heads), strict=True)
-            floors = {w: compressor.floor(inputs, blocks, w) for w in set(windows)}
-            floor = torch.stack([floors[w] for w in windows], dim=1)
+            fields = self._fields(inputs, blocks) if fields is None else fields
+            near = [fields[head] for head in heads]
+            sinks = [self.assignment[head].reach[1] for head in heads]
+            floor = torch.stack([field.floor[:, row] for field, row in near], dim=1)
             some = inputs.heads(tuple(heads))
             chunks = int(compressor.chunks_before(some, floor).max())
-            made = compressor.part(some, blocks, floor, sinks, chunks)
+            made = compressor.part(some, blocks, floor, sinks, chunks, _tokens(near))
             if made is not None:
                 parts.append(replace(made, head=tuple(heads[h] for h in made.head)))
         return part.stack_heads(parts) if parts else None
 
     def _far(
-        self, inputs: Inputs, blocks: int, fields: dict[int, tuple[NearField, int]]
+        self, inputs: Inputs, blocks: Tensor, fields: _Fields
     ) -> tuple[TileList, Slots | None]:
         """Slot tiles and slots; heads with the same compressor compress together."""
         parts: list[tuple[Sequence[int], TileList]] = []
         slots: list[tuple[list[int], Slots]] = []
-        for (compressor, _), heads in self._compressed.items():
+        for (compressor, _, _), heads in self._compressed.items():
             near = [fields[head] for head in heads]
             floor = torch.stack([field.floor[:, row] for field, row in near], dim=1)
             kept = [field.kept[:, row] for field, row in near if field.kept is not None]
             sinks = [self.assignment[head].reach[1] for head in heads]
             some = self.assignment[heads[0]].chunked(inputs.heads(tuple(heads)))
-            made, tiles = compressor.far(some, floor, sinks, torch.stack(kept, 1) if kept else None)
+            made, tiles = compressor.far(
+                some,
+                floor,
+                sinks,
+                torch.stack(kept, 1) if kept else None,
+                blocks=blocks,
+                tokens=_tokens(near),
+            )
             parts.append((heads, tiles))
             if made is not None:
                 slots.append((heads, made))
         others = [head for head in range(len(self.assignment)) if head not in fields]
         if others:
-            nothing = tile_list.empty(len(inputs.start), len(others), blocks, inputs.query.device)
+            size = len(inputs.start), len(others), len(blocks)
+            nothing = tile_list.empty(*size, inputs.query.device)
             parts.append((others, nothing))
         far = tile_list.stack_heads(parts, len(self.assignment))
         if not slots:
@@ -261,6 +279,15 @@ class LayerKernel:
         return order, cached
 
 
+def _tokens(near: Sequence[tuple[NearField, int]]) -> Tensor | None:
+    """The single keys of some heads, -1 where a head has fewer; None where none are chosen."""
+    tokens = [field.tokens[:, row] for field, row in near if field.tokens is not None]
+    most = max((t.shape[2] for t in tokens), default=0)
+    pad = torch.nn.functional.pad
+    padded = [pad(t, (0, most - t.shape[2]), value=-1) for t in tokens]
+    return torch.stack(padded, 1) if tokens else None
+
+
 def is_gpu(device: torch.device) -> bool:
     """Whether layers are prepared there."""
     return device.type == "cuda"
@@ -284,11 +311,13 @@ def _longer(inputs: Inputs, blocks: int) -> Inputs:
 def can_prepare(assignment: Sequence[Approximation]) -> bool:
     """Whether all heads read as many tiles as is known beforehand; see `PreparedLayer`."""
     return all(
-        isinstance(a.near, StaticPattern) or (a.far is None and isinstance(a.near, ScoredBlocks))
+        (isinstance(a.near, StaticPattern) and not (a.far is not None and a.far.opens))
+        or (a.far is None and isinstance(a.near, ScoredBlocks))
         for a in assignment
     )
 
 
+_Fields = dict[int, tuple[NearField, int]]
 _PREPARED_SHAPES = 4
 _CACHED_LISTS = 256
 _STATIC: OrderedDict[object, TileList] = OrderedDict()

@@ -20,6 +20,10 @@ from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
 class SegmentColumns(SegmentTokens):
     """Keep sinks, all keys since `window` before the segment, and its `top` best columns."""
 
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        """Not: all queries of a segment read the same columns, which is dear beside slots."""
+        return False
+
     @abstractmethod
     def column_scores(self, query: Tensor, key: Tensor, inputs: Inputs) -> Tensor:
         """Score of every key of one sequence before a segment, [heads, keys].

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs
 from attnplan.kernels.pattern import StaticPattern, causal, relative_positions
+from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
 from attnplan.kernels.tile_list import BLOCK, TileList
 from attnplan.kernels.token_selection import pack_tokens
 
@@ -48,7 +49,7 @@ Picker = Callable[[Past], Tensor]
 
 
 @dataclass(frozen=True)
-class SegmentTokens(Selector):
+class SegmentTokens(SingleKeys):
     """Keep sinks, all keys since `window` before the segment, and `top` chosen keys."""
 
     top: int
@@ -84,6 +85,20 @@ class SegmentTokens(Selector):
         static = self._recent.near(inputs, blocks)
         tokens = self.tokens(inputs, blocks)
         return tile_list.concat([static, pack_tokens(tokens, inputs.key.shape[2])])
+
+    def chosen(self, inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:
+        tokens = self.tokens(inputs, blocks)
+        before = tokens < row_floor(inputs, blocks, floor)[:, None, :, None]
+        return torch.where(before, tokens, -1)  # the others are near anyway
+
+    def picked(self, candidates: Tensor) -> Tensor:
+        return candidates.clamp(max=self.top)
+
+    def chosen_macs(self, shape: AttentionShape, candidates: Tensor) -> float:
+        return self.cost(shape).selection
+
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        return shape.keys >= LEAST
 
     def keep(self, inputs: Inputs) -> Tensor:
         blocks = torch.arange(inputs.blocks, device=inputs.query.device)

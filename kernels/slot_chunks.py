@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels import tile_list
+from attnplan.kernels import left_out, tile_list
 from attnplan.kernels.approximation import (
     AttentionShape,
     Cost,
@@ -61,12 +61,17 @@ class Summary:
         value: [batch, heads, chunks, slots, value_dim], not normalised.
         log_scale: [batch, heads, chunks, slots] or None for 0; e^log_scale multiplies weight and
             value where their range would not hold it.
+        member: int64 [batch, heads, chunks, chunk], the slot of the chunk that holds a key, if any
+            one does; None where slots share keys.
+        share: [batch, heads, chunks, chunk], what a key is of its slot's weight.
     """
 
     key: Tensor
     weight: Tensor
     value: Tensor
     log_scale: Tensor | None = None
+    member: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ class ChunkCompressor(ChunkedFarField):
     """(chunk, slots) worth trying."""
     settings_behind: ClassVar[tuple[tuple[int, int], ...]] = ()
     """(chunk, slots) worth trying with a selector that keeps chunks."""
+    settings_beside_keys: ClassVar[tuple[tuple[int, int], ...]] = ()
+    """(chunk, slots) worth trying with a selector that picks single keys."""
+    is_partition: ClassVar[bool] = False
+    """A key is in one slot alone, and `summarise` says in which, with what share."""
     mean_name: ClassVar[str | None] = None
     """Fitted mean queries [heads, head_dim] to take out of the scores; None for none."""
 
@@ -98,10 +107,33 @@ class ChunkCompressor(ChunkedFarField):
         yield from super().choices_behind(near, shape)
         if near.keeps_chunks:
             yield from (cls(chunk, slots) for chunk, slots in cls.settings_behind)
+        if near.picks_keys:
+            yield from (cls(chunk, slots) for chunk, slots in cls.settings_beside_keys)
 
     @property
     def separable(self) -> bool:
         return True
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.is_partition
+
+    def far(
+        self,
+        inputs: Inputs,
+        floor: Tensor,
+        sinks: Sequence[int],
+        kept: Tensor | None = None,
+        *,
+        blocks: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> tuple[Slots | None, TileList]:
+        chunks = self.chunks_before(inputs, floor)
+        if tokens is None or not int(chunks.max()):
+            return super().far(inputs, floor, sinks, kept, blocks=blocks, tokens=tokens)
+        slots = self.compress(inputs, int(chunks.max()), sinks, members=True)
+        assert slots is not None
+        return slots, left_out.without(slots, self.words(chunks, kept), tokens)
 
     @abstractmethod
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
@@ -112,12 +144,23 @@ class ChunkCompressor(ChunkedFarField):
         """Multiply-adds of summarising one chunk for one head."""
 
     def far_tiles(self, inputs: Inputs, floor: Tensor, kept: Tensor | None = None) -> TileList:
-        chunks = self.chunks_before(inputs, floor)
+        return _word_tiles(self.words(self.chunks_before(inputs, floor), kept))
+
+    def words(self, chunks: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Which slots of every tile a query block reads, int64 [batch, heads, blocks, tiles].
+
+        Args:
+            chunks: before its floor, int64 [batch, heads, blocks].
+            kept: as in `far`.
+        """
         if kept is None:
-            return slot_tiles(torch.zeros_like(chunks), chunks * self.slots)
+            return slot_words(torch.zeros_like(chunks), chunks * self.slots)
         most = int(chunks.max())
         before = torch.arange(most, device=chunks.device) < chunks[..., None]
-        return chunk_tiles(before & ~kept[..., :most], self.slots)
+        return chunk_words(before & ~kept[..., :most], self.slots)
+
+    def left_out_macs(self, shape: AttentionShape, picked: float) -> float:
+        return picked * shape.head_dim  # the score of the slot
 
     def read(self, chunks: Tensor) -> Tensor:
         """How many slots a query reads that has `chunks` chunks behind it."""
@@ -132,8 +175,13 @@ class ChunkCompressor(ChunkedFarField):
         build = float(chunks.max()) * self.build_macs(shape.head_dim)
         return Cost(2.0 * shape.head_dim * pairs, build)
 
-    def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
-        """Slots of the first `chunks` chunks, padded to whole tiles of 64."""
+    def compress(
+        self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
+    ) -> Slots | None:
+        """Slots of the first `chunks` chunks, padded to whole tiles of 64.
+
+        With `members` they say which keys they hold, if they are a partition.
+        """
         if not chunks:
             return None
         wide = torch.promote_types(inputs.key.dtype, torch.float32)
@@ -155,7 +203,28 @@ class ChunkCompressor(ChunkedFarField):
             log_weight = log_weight + made.log_scale
         if mean is not None:
             log_weight = log_weight - (made.key * mean[:, None, None]).sum(-1) * inputs.scale
-        return whole_tiles(made, log_weight)
+        slots = whole_tiles(made, log_weight)
+        if not members:
+            return slots
+        assert made.member is not None and made.share is not None
+        held, share = self._placed(inputs, made.member, made.share, near)
+        return replace(slots, member=held, share=share)
+
+    def _placed(
+        self, inputs: Inputs, member: Tensor, share: Tensor, near: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Members and shares by position in the text, for `Slots`."""
+        chunks = member.shape[2]
+        first = self.slots * torch.arange(chunks, device=member.device)[:, None]
+        member = torch.where(near | (member < 0), -1, member + first).flatten(2).to(torch.int32)
+        share = share.flatten(2)
+        size = (*member.shape[:2], inputs.key.shape[2])
+        held, shares = member.new_full(size, -1), share.new_zeros(size)
+        for row, start in enumerate(inputs.start):
+            some = min(member.shape[2], size[2] - start)
+            held[row, :, start : start + some] = member[row, :, :some]
+            shares[row, :, start : start + some] = share[row, :, :some]
+        return held, shares
 
 
 def pick(weight: Tensor, count: int, uniform: float) -> tuple[Tensor, Tensor]:
@@ -235,7 +304,8 @@ def pooled(chunks: Chunks, member: Tensor) -> Summary:
     share = member * chunks.weight[..., None]
     mass = share.sum(-2)
     centre = share.mT @ chunks.key / mass.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
-    return Summary(centre, mass, share.mT @ chunks.value)
+    value = share.mT @ chunks.value
+    return Summary(centre, mass, value, member=member.argmax(-1), share=chunks.weight)
 
 
 def whole_tiles(made: Summary, log_weight: Tensor) -> Slots:
@@ -255,12 +325,22 @@ def whole_tiles(made: Summary, log_weight: Tensor) -> Slots:
 
 def slot_tiles(first: Tensor, last: Tensor) -> TileList:
     """Slot tiles: a query block reads slots [first, last), both int64 [batch, heads, blocks]."""
+    return _word_tiles(slot_words(first, last))
+
+
+def slot_words(first: Tensor, last: Tensor) -> Tensor:
+    """The slots [first, last) as bits of every tile, int64 [batch, heads, blocks, tiles]."""
     tile = torch.arange(-(-int(last.max()) // BLOCK), device=last.device)
-    return _word_tiles(_run(first[..., None], last[..., None], tile))
+    return _run(first[..., None], last[..., None], tile)
 
 
 def chunk_tiles(read: Tensor, slots: int) -> TileList:
-    """Slot tiles: a query block reads the slots of some chunks.
+    """Slot tiles: a query block reads the slots of some chunks; see `chunk_words`."""
+    return _word_tiles(chunk_words(read, slots))
+
+
+def chunk_words(read: Tensor, slots: int) -> Tensor:
+    """The slots of some chunks as bits of every tile, int64 [batch, heads, blocks, tiles].
 
     Args:
         read: bool [batch, heads, blocks, chunks].
@@ -275,7 +355,7 @@ def chunk_tiles(read: Tensor, slots: int) -> TileList:
     bits = read[..., None] * _run(first, first + slots, tile)
     words = bits.new_zeros(*read.shape[:3], -(-chunks * slots // BLOCK) + len(span))
     words.index_add_(3, tile.flatten(), bits.flatten(3))  # distinct bits: a sum is an or
-    return _word_tiles(words)
+    return words[..., : -(-chunks * slots // BLOCK)]
 
 
 def _run(first: Tensor, last: Tensor, tile: Tensor) -> Tensor:

@@ -39,7 +39,24 @@ def stack(parts: Sequence[Slots], head: Tensor) -> Slots:
         else getattr(parts[0], name)
         for name in ("key", "log_weight", "weight", "value")
     )
-    return Slots(key, log_weight, weight, value, head)
+    return Slots(key, log_weight, weight, value, head, *_members(parts))
+
+
+def _members(parts: Sequence[Slots]) -> tuple[Tensor | None, Tensor | None]:
+    """Members and shares of all rows, where some have them; none in the others."""
+    if all(slots.member is None for slots in parts):
+        return None, None
+    keys = next(slots.member.shape[2] for slots in parts if slots.member is not None)
+    members, shares = [], []
+    for slots in parts:
+        size = (*slots.weight.shape[:2], keys)
+        if slots.member is None or slots.share is None:
+            members.append(slots.head.new_full(size, -1))
+            shares.append(slots.weight.new_zeros(size))
+        else:
+            members.append(slots.member)
+            shares.append(slots.share)
+    return torch.cat(members, 1), torch.cat(shares, 1)
 
 
 def _grown(slots: Slots, more: int) -> Slots:

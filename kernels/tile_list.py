@@ -8,6 +8,8 @@ three int32 numbers:
     kind    CONTIGUOUS: keys [64 * index, 64 * index + 64)
             GATHER:     the 64 keys named by `gather[index]` (-1: no key in this column)
             SLOTS:      pseudo-keys [64 * index, 64 * index + 64) of the head's far field
+            TAKEN:      as GATHER, of keys that leave their slots: a pair also subtracts the key's
+                        share of its slot (`Slots.member`, `Slots.share`)
     index   see kind
     mask    FULL, or a row of `masks`: bit `c` of `masks[mask, r]` is set where query row `r` of the
             block computes column `c` of the tile
@@ -36,7 +38,7 @@ from torch import Tensor
 from attnplan.kernels.engines import build
 
 BLOCK = 64
-CONTIGUOUS, GATHER, SLOTS = 0, 1, 2
+CONTIGUOUS, GATHER, SLOTS, TAKEN = 0, 1, 2, 3
 FULL = -1
 
 
@@ -84,17 +86,20 @@ class TileList:
         total.index_add_(0, row_of_tile, per_tile)
         return total.view(self.batch, self.heads, self.blocks).sum(2)
 
-    def counts(self, queries: int, keys: int) -> Tensor:
+    def counts(
+        self, queries: int, keys: int, kinds: Sequence[int] = (CONTIGUOUS, GATHER, TAKEN)
+    ) -> Tensor:
         """How often every pair is computed, int64 [batch, heads, queries, keys]: tests only.
 
-        Slot tiles are left out. A correct list never counts a pair twice.
+        Tiles of other kinds are left out, those of slots always. A correct list never counts a pair
+        twice.
         """
         out = torch.zeros(self.rows, BLOCK, keys + BLOCK, dtype=torch.int64)
         bits = torch.arange(BLOCK)
         offsets, tiles = self.offsets.tolist(), self.tiles.tolist()
         for row in range(self.rows):
             for kind, index, mask in tiles[offsets[row] : offsets[row + 1]]:
-                if kind == SLOTS:
+                if kind == SLOTS or kind not in kinds:
                     continue
                 if kind == CONTIGUOUS:
                     where = index * BLOCK + bits
@@ -203,7 +208,8 @@ def _join(
     for target, part, (gather_shift, mask_shift) in zip(targets, parts, shifts, strict=True):
         rows.append(torch.repeat_interleave(target, part.offsets.long().diff()))
         kind, index, mask = part.tiles.unbind(1)
-        index = torch.where(kind == GATHER, index + gather_shift, index)
+        is_gather = (kind == GATHER) | (kind == TAKEN)
+        index = torch.where(is_gather, index + gather_shift, index)
         mask = torch.where(mask == FULL, mask, mask + mask_shift)
         tiles.append(torch.stack([kind, index, mask], dim=1))
     return from_rows(batch, heads, blocks, torch.cat(rows), torch.cat(tiles), *pools)

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import build, cpu, reference
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, SLOTS, TileList
+from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, SLOTS, TAKEN, TileList
 
 Engine = Callable[..., tuple[Tensor, Tensor]]
 ENGINES = [cpu.attend, cpu.attend_torch]
@@ -72,7 +72,10 @@ class Case:
         weight[:, :, ::6] *= -0.05
         head = torch.arange(heads, dtype=torch.int32)
         head[-1] = -1 if heads > 1 else 0
-        return Slots(randn(self.head_dim), log_weight, weight, randn(self.value_dim), head)
+        member = torch.randint(-1, count, (self.batch, rows, self.keys), generator=generator)
+        share = torch.rand(self.batch, rows, self.keys, generator=generator) * 0.02
+        made = (randn(self.head_dim), log_weight, weight, randn(self.value_dim), head)
+        return Slots(*made, member.to(torch.int32), share)
 
     def _tiles(self, generator: torch.Generator, heads: int, slots: Slots | None) -> TileList:
         """Of each row's keys a part in contiguous tiles, full where that is possible, a part in
@@ -110,7 +113,9 @@ class Case:
                 part = torch.tensor(chosen[first : first + BLOCK], dtype=torch.int32)
                 some[torch.randperm(BLOCK, generator=generator)[: len(part)]] = part
                 gather.append(some)
-                listed.append((GATHER, len(gather) - 1, mask(some >= 0)))
+                leaves = slots is not None and slots.head[row // blocks % heads] >= 0
+                kind = TAKEN if leaves and chance(0.5) else GATHER
+                listed.append((kind, len(gather) - 1, mask(some >= 0)))
             if slots is not None and slots.head[row // blocks % heads] >= 0:
                 for tile in range(self.slots):
                     everything = torch.ones(BLOCK, dtype=torch.bool)
@@ -132,7 +137,8 @@ def double(slots: Slots | None) -> Slots | None:
     if slots is None:
         return None
     floats = (slots.key, slots.log_weight, slots.weight, slots.value)
-    return Slots(*(t.double() for t in floats), slots.head)
+    share = None if slots.share is None else slots.share.double()
+    return Slots(*(t.double() for t in floats), slots.head, slots.member, share)
 
 
 def assert_as_accurate(actual: Tensor, low: Tensor, exact: Tensor, rounding: float) -> None:

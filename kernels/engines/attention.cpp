@@ -10,6 +10,9 @@
 //   sparse  few set bits per row: the keys that one row uses, of all such tiles of the block, are
 //           listed, and only they are read
 //
+// A key of a TAKEN tile leaves its slot: besides e^{q.k} it weighs minus its share of e^{q.k_slot},
+// so that the product with its value does both.
+//
 // Softmax is online: a row carries (shift, mass, numerator), natural logarithms, float32. Built
 // without -ffast-math: -inf and NaN keep their meaning.
 //
@@ -47,7 +50,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64, GROUP = 16, CHUNK = 256;
-constexpr int64_t CONTIGUOUS = 0, GATHER = 1, SLOTS = 2;
+constexpr int64_t CONTIGUOUS = 0, GATHER = 1, SLOTS = 2, TAKEN = 3;
 constexpr int64_t FEW_ROWS = 4;       // a block with so few rows reads keys one by one
 
 struct Call {
@@ -68,6 +71,8 @@ struct Call {
     const float* slot_log_weight;  // [batch, slot_heads, slots]
     const float* slot_weight;      // [batch, slot_heads, slots]
     const int32_t* slot_head;      // [heads]
+    const int32_t* slot_member;    // [batch, slot_heads, keys], or null
+    const float* slot_share;       // [batch, slot_heads, keys], or null
 };
 
 enum Status { OK = 0, BAD_KIND = 1, BAD_GATHER = 2, BAD_MASK = 3, BAD_SLOT = 4, NO_MEMORY = 5 };
@@ -340,6 +345,9 @@ struct Packed {
     const float* log_weight;  // null but for slots
     const float* weight;
     uint64_t valid;  // columns that hold a key
+    const float* slot_key = nullptr;         // of keys that leave their slots: the slots' keys
+    const float* slot_log_weight = nullptr;  // and log-weights
+    const float* share = nullptr;            // and what they take from their slots
 };
 
 template <class T>
@@ -367,7 +375,8 @@ class Engine {
         for (int64_t i = 0; i < pool + slot_pool; i++)
             if (place[i]) place[i] = ++used;  // 1-based
         int64_t per_thread =
-            BLOCK * (dq + dv + W + pairs) + 2 * GROUP * BLOCK + 2 * BLOCK + 2 * CHUNK + per_tile;
+            BLOCK * (dq + dv + W + pairs) + 3 * GROUP * BLOCK + 4 * BLOCK + 4 * CHUNK + per_tile +
+            key_floats;
         float* memory = allocate(used * per_tile + c.threads * per_thread);
         if (!memory) return NO_MEMORY;
         packed = memory;
@@ -413,7 +422,8 @@ class Engine {
 
     struct Scratch {
         float *query, *output, *mass, *pairs, *score, *weight, *shift, *alpha, *single, *tile;
-        std::vector<const int32_t*> listed;  // the sparse tiles of the block
+        float *slot_score, *slot_tile, *slot_numbers;  // of keys that leave their slots
+        std::vector<const int32_t*> listed, taken;     // the sparse tiles of the block
         int64_t counts[BLOCK];               // and the keys that each row reads through them
         int32_t ids[BLOCK][CHUNK + BLOCK];
         Scratch(float* p, const Engine& e) {
@@ -426,7 +436,10 @@ class Engine {
             shift = weight + GROUP * BLOCK;
             alpha = shift + BLOCK;
             single = alpha + BLOCK;
-            tile = single + 2 * CHUNK;
+            tile = single + 4 * CHUNK;
+            slot_tile = tile + e.per_tile;
+            slot_score = slot_tile + e.key_floats;
+            slot_numbers = slot_score + GROUP * BLOCK;
         }
     };
 
@@ -438,12 +451,14 @@ class Engine {
         return std::min(BLOCK, c.queries - row % c.blocks * BLOCK);
     }
 
+    static bool gathers(const int32_t* tile) { return tile[0] == GATHER || tile[0] == TAKEN; }
+
     bool is_sparse(const int32_t* tile, int64_t rows) const {
         if (tile[0] == SLOTS) return false;
         if (rows <= FEW_ROWS) return true;
         if (tile[2] < 0) return false;
         const MaskFacts& f = facts[tile[2]];
-        return f.pairs * single_key < f.columns + (tile[0] == GATHER ? pack_gather : 0);
+        return f.pairs * single_key < f.columns + (gathers(tile) ? pack_gather : 0);
     }
 
     // Checks the list, marks the tiles to pack, orders the rows by their work.
@@ -461,11 +476,11 @@ class Engine {
             for (int64_t t = c.offsets[row]; t < c.offsets[row + 1]; t++) {
                 const int32_t* tile = c.tiles + 3 * t;
                 int64_t kind = tile[0], index = tile[1], mask = tile[2];
-                if (kind < CONTIGUOUS || kind > SLOTS) return BAD_KIND;
+                if (kind < CONTIGUOUS || kind > (c.slot_member ? TAKEN : SLOTS)) return BAD_KIND;
                 if (mask < -1 || mask >= c.mask_count) return BAD_MASK;
-                if (kind == GATHER && (index < 0 || index >= c.gathers)) return BAD_GATHER;
-                if (kind == SLOTS && (index < 0 || index >= slot_tiles || c.slot_head[h] < 0 ||
-                                      c.slot_head[h] >= c.slot_heads))
+                if (gathers(tile) && (index < 0 || index >= c.gathers)) return BAD_GATHER;
+                if (kind == SLOTS && (index < 0 || index >= slot_tiles)) return BAD_SLOT;
+                if (kind >= SLOTS && (c.slot_head[h] < 0 || c.slot_head[h] >= c.slot_heads))
                     return BAD_SLOT;
                 if (is_sparse(tile, alive)) {
                     int64_t pairs = mask < 0 ? BLOCK * BLOCK : facts[mask].pairs;
@@ -473,7 +488,7 @@ class Engine {
                     continue;
                 }
                 work[row] += mask < 0 ? BLOCK * BLOCK : facts[mask].columns;
-                if (kind == GATHER) work[row] += pack_gather;
+                if (gathers(tile)) work[row] += pack_gather;
                 if (kind == CONTIGUOUS && index >= 0 && index < key_tiles)
                     place[(b * c.kv_heads + c.kv_head[h]) * key_tiles + index] = 1;
                 if (kind == SLOTS)
@@ -533,8 +548,8 @@ class Engine {
     static std::vector<T> narrowed(const float* const* rows, int64_t width, const T** out) {
         std::vector<T> copy(BLOCK * width);
         for (int64_t j = 0; j < BLOCK; j++) {
-            for (int64_t k = 0; k < width; k++) put(&copy[j * width + k], rows[j][k]);
-            out[j] = &copy[j * width];
+            for (int64_t k = 0; rows[j] && k < width; k++) put(&copy[j * width + k], rows[j][k]);
+            out[j] = rows[j] ? &copy[j * width] : nullptr;
         }
         return copy;
     }
@@ -553,9 +568,41 @@ class Engine {
         return word;
     }
 
+    // The slot of a key of head h, -1 for none.
+    int64_t slot_of(int64_t b, int64_t h, int64_t key) const {
+        int64_t slot = c.slot_member[(b * c.slot_heads + c.slot_head[h]) * c.keys + key];
+        return slot < c.slots ? slot : -1;
+    }
+
+    const float* slot_key_of(int64_t b, int64_t h, int64_t slot) const {
+        return c.slot_key + ((b * c.slot_heads + c.slot_head[h]) * c.slots + slot) * c.head_dim;
+    }
+
+    // What the keys of a tile leave: keys, log-weights and shares of their slots.
+    void leave(const int32_t* ids, int64_t b, int64_t h, Scratch& s, Packed& tile) const {
+        int64_t row = b * c.slot_heads + c.slot_head[h];
+        const float* key[BLOCK];
+        for (int64_t j = 0; j < BLOCK; j++) {
+            int64_t slot = tile.valid >> j & 1 ? slot_of(b, h, ids[j]) : -1;
+            key[j] = slot < 0 ? nullptr : slot_key_of(b, h, slot);
+            s.slot_numbers[j] = slot < 0 ? NONE : c.slot_log_weight[row * c.slots + slot];
+            s.slot_numbers[BLOCK + j] = slot < 0 ? 0.f : c.slot_share[row * c.keys + ids[j]];
+        }
+        if constexpr (PAIRED) {
+            const T* narrow[BLOCK];
+            std::vector<T> keys = narrowed(key, c.head_dim, narrow);
+            pack_key_pairs(narrow, c.head_dim, s.slot_tile);
+        } else {
+            pack_keys(key, c.head_dim, s.slot_tile);
+        }
+        tile.slot_key = s.slot_tile;
+        tile.slot_log_weight = s.slot_numbers;
+        tile.share = s.slot_numbers + BLOCK;
+    }
+
     Packed find(const int32_t* tile, uint64_t valid, int64_t b, int64_t h, Scratch& s) const {
         int64_t kv = c.kv_head[h];
-        if (tile[0] == GATHER) {
+        if (gathers(tile)) {
             const T *key[BLOCK], *value[BLOCK];
             const int32_t* ids = c.gather + tile[1] * BLOCK;
             for (int64_t j = 0; j < BLOCK; j++) {
@@ -564,7 +611,9 @@ class Engine {
                 value[j] = on ? at(c.value, b, kv, ids[j]) : nullptr;
             }
             pack(key, value, s.tile);
-            return {s.tile, s.tile + key_floats, nullptr, nullptr, valid};
+            Packed found = {s.tile, s.tile + key_floats, nullptr, nullptr, valid};
+            if (tile[0] == TAKEN) leave(ids, b, h, s, found);
+            return found;
         }
         int64_t i = (b * c.kv_heads + kv) * key_tiles + tile[1];
         const float *log_weight = nullptr, *weight = nullptr;
@@ -596,17 +645,20 @@ class Engine {
         std::fill(s.shift, s.shift + BLOCK, NONE);
 
         s.listed.clear();
+        s.taken.clear();
         for (int64_t t = c.offsets[row]; t < c.offsets[row + 1]; t++) {
             const int32_t* tile = c.tiles + 3 * t;
             if (is_sparse(tile, rows)) {
-                s.listed.push_back(tile);
+                (tile[0] == TAKEN ? s.taken : s.listed).push_back(tile);
                 continue;
             }
             uint64_t valid = valid_columns(tile);
             if (valid) dense(find(tile, valid, b, h, s), tile[2], rows, s);
         }
-        if (PAIRED && !s.listed.empty()) scale_query(b, h, first, rows, rows, s);
-        if (!s.listed.empty()) sparse(rows, b, c.kv_head[h], s);
+        bool few = !s.listed.empty() || !s.taken.empty();
+        if (PAIRED && few) scale_query(b, h, first, rows, rows, s);
+        if (!s.listed.empty()) sparse<false>(s.listed, rows, b, h, s);
+        if (!s.taken.empty()) sparse<true>(s.taken, rows, b, h, s);
 
         for (int64_t r = 0; r < rows; r++) {
             float mass = reduce_add(load(s.mass + r * W));
@@ -660,7 +712,17 @@ class Engine {
                 product(count, c.head_dim, high - low, s.query + g * dq, dq, tile.key + low * W,
                         BLOCK, s.score + low * W, BLOCK, nullptr);
             }
-            bool plain = !words && !tile.log_weight && tile.valid == ~0ull;
+            if (tile.slot_key) {
+                if constexpr (PAIRED) {
+                    pair_product(tiles, count, pairs, high - low, s.pairs + g * pairs, pairs,
+                                 tile.slot_key + low * W, BLOCK, s.slot_score + low * W, BLOCK,
+                                 false);
+                } else {
+                    product(count, c.head_dim, high - low, s.query + g * dq, dq,
+                            tile.slot_key + low * W, BLOCK, s.slot_score + low * W, BLOCK, nullptr);
+                }
+            }
+            bool plain = !words && !tile.log_weight && !tile.slot_key && tile.valid == ~0ull;
             for (int64_t r = 0; r < count; r++) {
                 uint64_t word = words ? words[g + r] & tile.valid : tile.valid;
                 if (plain)
@@ -704,7 +766,19 @@ class Engine {
     void softmax(const Packed& tile, uint64_t word, int64_t low, int64_t row, Scratch& s) const {
         constexpr int N = QUARTERS * (16 / W);
         float* score = s.score + row % GROUP * BLOCK + low * W;
-        vec x[N], best = splat(s.shift[row]);
+        vec x[N], y[N], best = splat(s.shift[row]);
+        bool leaves = !PLAIN && tile.slot_key;
+        if (leaves) {
+            const float* slot_score = s.slot_score + row % GROUP * BLOCK + low * W;
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) {
+                y[n] = load(slot_score + n * W);
+                if (PAIRED) y[n] *= scale;
+                y[n] += load(tile.slot_log_weight + (low + n) * W);
+                y[n] = where_set(word >> ((low + n) * W), y[n]);
+                best = max(best, y[n]);
+            }
+        }
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
             x[n] = load(score + n * W);
@@ -722,6 +796,7 @@ class Engine {
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
             x[n] = exponential(x[n] - shift);
+            if (leaves) x[n] -= exponential(y[n] - shift) * load(tile.share + (low + n) * W);
             mass += !PLAIN && tile.weight ? x[n] * load(tile.weight + (low + n) * W) : x[n];
         }
         store(s.single + row % GROUP * W, mass);
@@ -748,15 +823,17 @@ class Engine {
 #endif
     }
 
-    // The keys that each row reads through the sparse tiles of its block.
-    void sparse(int64_t rows, int64_t b, int64_t kv, Scratch& s) const {
+    // The keys that each row reads through some sparse tiles of its block.
+    template <bool LEAVES>
+    void sparse(const std::vector<const int32_t*>& some, int64_t rows, int64_t b, int64_t h,
+                Scratch& s) const {
         std::fill(s.counts, s.counts + rows, 0);
-        for (const int32_t* tile : s.listed) {
+        for (const int32_t* tile : some) {
             uint64_t valid = valid_columns(tile);
             const uint64_t* words = tile[2] < 0 ? nullptr : c.masks + tile[2] * BLOCK;
             int32_t names[BLOCK];
             for (int64_t j = 0; j < BLOCK; j++)
-                names[j] = tile[0] == GATHER ? c.gather[tile[1] * BLOCK + j]
+                names[j] = gathers(tile) ? c.gather[tile[1] * BLOCK + j]
                                              : (int32_t)(tile[1] * BLOCK + j);
             for (int64_t r = 0; r < rows; r++) {
                 uint64_t word = words ? words[r] & valid : valid;
@@ -769,13 +846,13 @@ class Engine {
                         word &= word - 1;
                     }
                 if ((s.counts[r] += bits) > CHUNK - BLOCK) {
-                    listed(s.counts[r], r, b, kv, s);
+                    listed<LEAVES>(s.counts[r], r, b, h, s);
                     s.counts[r] = 0;
                 }
             }
         }
         for (int64_t r = 0; r < rows; r++)
-            if (s.counts[r]) listed(s.counts[r], r, b, kv, s);
+            if (s.counts[r]) listed<LEAVES>(s.counts[r], r, b, h, s);
     }
 
     static void prefetch(const T* row, int64_t width) {
@@ -783,8 +860,11 @@ class Engine {
     }
 
     // Softmax of row r over the first `count` keys of its list.
-    void listed(int64_t count, int64_t r, int64_t b, int64_t kv, Scratch& s) const {
+    template <bool LEAVES>
+    void listed(int64_t count, int64_t r, int64_t b, int64_t h, Scratch& s) const {
+        int64_t kv = c.kv_head[h];
         int32_t* ids = s.ids[r];
+        float *slot_logit = s.single + 2 * CHUNK, *share = s.single + 3 * CHUNK;
         const float* query = s.query + r * dq;
         const T *key = at(c.key, b, kv, 0), *value = at(c.value, b, kv, 0);
         for (int64_t i = count; i < count + W; i++) ids[i] = ids[count - 1];
@@ -814,11 +894,17 @@ class Engine {
             if (i + W > count) x = lanes < isplat((int32_t)(count - i)) ? x : splat(NONE);
             store(s.single + i, x);
             best = max(best, x);
+            if constexpr (LEAVES) {
+                x = slot_logits(i, count, query, ids, b, h, share);
+                store(slot_logit + i, x);
+                best = max(best, x);
+            }
         }
         float top = reduce_max(best), shift = top == NONE ? 0.f : top;
         vec mass = {};
         for (int64_t i = 0; i < count; i += W) {
             vec p = exponential(load(s.single + i) - shift);
+            if constexpr (LEAVES) p -= exponential(load(slot_logit + i) - shift) * load(share + i);
             store(s.single + i, p);
             mass += p;
         }
@@ -830,6 +916,23 @@ class Engine {
             accumulate<4>(count, ids, s, value + k, s.output + r * dv + k, alpha, 4 * W);
         for (; k < c.value_dim; k += W)
             accumulate<1>(count, ids, s, value + k, s.output + r * dv + k, alpha, c.value_dim - k);
+    }
+
+    // Logarithms of what the slots of keys [i, i + W) of a list weigh, and the keys' shares of it.
+    vec slot_logits(int64_t i, int64_t count, const float* query, const int32_t* ids, int64_t b,
+                    int64_t h, float* share) const {
+        int64_t row = b * c.slot_heads + c.slot_head[h];
+        vec x, sum[W] = {};
+        for (int j = 0; j < W; j++) {
+            int64_t slot = i + j < count ? slot_of(b, h, ids[i + j]) : -1;
+            share[i + j] = slot < 0 ? 0.f : c.slot_share[row * c.keys + ids[i + j]];
+            x[j] = slot < 0 ? NONE : c.slot_log_weight[row * c.slots + slot];
+            if (slot < 0) continue;
+            const float* key = slot_key_of(b, h, slot);
+            for (int64_t k = 0; k < c.head_dim; k += W)
+                sum[j] += load(query + k) * load_first(key + k, c.head_dim - k);
+        }
+        return x + reduce_each(sum);
     }
 
     template <int NV>

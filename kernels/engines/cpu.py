@@ -14,14 +14,14 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import build
-from attnplan.kernels.tile_list import BLOCK, FULL, GATHER, SLOTS, TileList
+from attnplan.kernels.tile_list import BLOCK, FULL, GATHER, SLOTS, TAKEN, TileList
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ERRORS = {
-    1: "the tile list has a tile of unknown kind",
+    1: "the tile list has a tile of unknown kind, or keys that leave slots without members",
     2: "a gather tile names a row outside `gather`",
     3: "a tile names a row outside `masks`",
-    4: "a slot tile names slots that its head does not have",
+    4: "a tile names slots that its head does not have",
     5: "out of memory",
 }
 TORCH_SCORES = 1 << 22  # scores that the torch path holds at a time
@@ -119,6 +119,7 @@ class _Call(ctypes.Structure):
         *_fields(ctypes.c_void_p, "lse kv_head offsets tiles gather masks"),
         *_fields(ctypes.c_int64, "gathers mask_count slots slot_heads"),
         *_fields(ctypes.c_void_p, "slot_key slot_value slot_log_weight slot_weight slot_head"),
+        *_fields(ctypes.c_void_p, "slot_member slot_share"),
     )
 
 
@@ -150,6 +151,9 @@ def _attend_compiled(
         floats = (slots.key, slots.value, slots.log_weight, slots.weight)
         far = [t.detach().float().contiguous() for t in floats]
         far.append(slots.head.to(torch.int32).contiguous())
+        if slots.member is not None and slots.share is not None:
+            far.append(slots.member.to(torch.int32).contiguous())
+            far.append(slots.share.detach().float().contiguous())
     call = _Call(
         *(DTYPES[query.dtype], batch, heads, key.shape[1], queries, key.shape[2]),
         *(head_dim, value_dim, tiles.blocks, torch.get_num_threads(), scale),
@@ -236,8 +240,9 @@ class _KeyPool:
 
         position = index[..., None] * BLOCK + columns
         if tiles.gather.shape[0]:
-            gathered = tiles.gather[torch.where(kind == GATHER, index, 0)].long()
-            position = torch.where((kind == GATHER)[..., None], gathered, position)
+            gathers = (kind == GATHER) | (kind == TAKEN)
+            gathered = tiles.gather[torch.where(gathers, index, 0)].long()
+            position = torch.where(gathers[..., None], gathered, position)
         is_slot = (kind == SLOTS)[..., None].expand(position.shape)
         valid = listed[..., None] & (is_slot | ((position >= 0) & (position < keys)))
         if tiles.masks.shape[0]:
@@ -256,14 +261,32 @@ class _KeyPool:
         bias, weight = torch.zeros(where.shape), torch.ones(where.shape)
         if self.slots is not None:
             s = self.slots
-            at_slot = (
-                batch,
-                s.head.long()[head].clamp(min=0),
-                position.clamp(0, s.key.shape[2] - 1),
-            )
+            slot_row = s.head.long()[head].clamp(min=0)
+            at_slot = (batch, slot_row, position.clamp(0, s.key.shape[2] - 1))
             key = torch.where(is_slot[..., None], s.key[at_slot].float(), key)
             value = torch.where(is_slot[..., None], s.value[at_slot].float(), value)
             bias = torch.where(is_slot, s.log_weight[at_slot].float(), bias)
             weight = torch.where(is_slot, s.weight[at_slot].float(), weight)
         value = torch.where(valid.flatten(1)[..., None], value, 0)
-        return key, value, bias, weight, keep
+        taken = (kind == TAKEN)[..., None].expand(keep.shape[0], -1, BLOCK).flatten(1)
+        if self.slots is None or not bool(taken.any()):
+            return key, value, bias, weight, keep
+        row, own, share = self._left(batch, head, where, taken)
+        return (
+            torch.cat([key, self.slots.key[batch, row, own].float()], 1),
+            torch.cat([value, -share[..., None] * value], 1),
+            torch.cat([bias, self.slots.log_weight[batch, row, own].float()], 1),
+            torch.cat([weight, -share], 1),
+            torch.cat([keep, keep & taken[:, None]], 2),
+        )
+
+    def _left(
+        self, batch: Tensor, head: Tensor, keys: Tensor, taken: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row of the slots, slot and share of keys; a share of 0 where a key leaves no slot."""
+        slots = self.slots
+        assert slots is not None and slots.member is not None and slots.share is not None
+        row = slots.head.long()[head].clamp(min=0)
+        slot = slots.member[batch, row, keys].long()
+        share = torch.where(taken & (slot >= 0), slots.share[batch, row, keys].float(), 0.0)
+        return row, slot.clamp(min=0), share

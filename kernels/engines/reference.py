@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Slots
-from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TileList
+from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TAKEN, TileList
 
 
 def attend(
@@ -42,7 +42,11 @@ def attend(
     keep = tiles.counts(query.shape[2], key.shape[2]).to(query.device)
     if bool((keep > 1).any()):
         raise AssertionError("a pair is listed twice")
-    return masked(query, key[:, heads], value[:, heads], keep > 0, scale, _far(tiles, slots, query))
+    taken = None
+    if bool((tiles.tiles[:, 0] == TAKEN).any()):
+        taken = tiles.counts(query.shape[2], key.shape[2], (TAKEN,)).to(query.device) > 0
+    far = _far(tiles, slots, query)
+    return masked(query, key[:, heads], value[:, heads], keep > 0, scale, far, taken)
 
 
 def masked(
@@ -52,8 +56,12 @@ def masked(
     keep: Tensor,
     scale: float,
     far: tuple[Slots, Tensor] | None = None,
+    taken: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the pairs of a boolean mask [batch, heads, queries, keys]."""
+    """Softmax attention over the pairs of a boolean mask [batch, heads, queries, keys].
+
+    The keys of `taken`, a mask of the same size, leave their slots.
+    """
     logits = (query @ key.mT * scale).masked_fill(~keep, float("-inf"))
     weight = torch.ones_like(logits[:, :, :1])
     if far is not None:
@@ -61,11 +69,19 @@ def masked(
         row = slots.head.long().clamp(min=0)
         far_logits = query @ slots.key[:, row].to(query.dtype).mT * scale
         far_logits = far_logits + slots.log_weight[:, row, None].to(query.dtype)
-        logits = torch.cat([logits, far_logits.masked_fill(~seen, float("-inf"))], dim=-1)
-        weight = torch.cat(
-            [weight.expand(*weight.shape[:3], key.shape[2]), slots.weight[:, row, None]], dim=-1
-        ).to(query.dtype)
-        value = torch.cat([value, slots.value[:, row].to(query.dtype)], dim=2)
+        columns = [logits, far_logits.masked_fill(~seen, float("-inf"))]
+        weights = [weight.expand(*weight.shape[:3], key.shape[2]), slots.weight[:, row, None]]
+        values = [value, slots.value[:, row].to(query.dtype)]
+        if taken is not None:
+            assert slots.member is not None and slots.share is not None
+            slot = slots.member[:, row, None].long().clamp(min=0)
+            own = far_logits.gather(3, slot.expand(-1, -1, query.shape[2], -1))
+            share = -slots.share[:, row].to(query.dtype)
+            columns.append(own.masked_fill(~taken, float("-inf")))
+            weights.append(share[:, :, None])
+            values.append(share[..., None] * value)
+        logits, value = torch.cat(columns, dim=-1), torch.cat(values, dim=2)
+        weight = torch.cat([w.to(query.dtype) for w in weights], dim=-1)
     shift = logits.amax(-1, keepdim=True)
     shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
     exponential = (logits - shift).exp()

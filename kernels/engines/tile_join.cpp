@@ -11,7 +11,7 @@ struct Part {
     int64_t rows, gather_shift, mask_shift;
 };
 
-constexpr int32_t GATHER = 1, FULL = -1;
+constexpr int32_t GATHER = 1, TAKEN = 3, FULL = -1;
 
 // Fills offsets [rows + 1] and tiles [all tiles, 3]; a row gets its tiles in the order of the parts.
 extern "C" void attnplan_join(const Part* parts, int64_t count, int64_t rows, int32_t* offsets,
@@ -29,7 +29,8 @@ extern "C" void attnplan_join(const Part* parts, int64_t count, int64_t rows, in
             for (int32_t t = p->offsets[r]; t < p->offsets[r + 1]; t++, out += 3) {
                 const int32_t* tile = p->tiles + 3 * (int64_t)t;
                 out[0] = tile[0];
-                out[1] = tile[0] == GATHER ? tile[1] + gather_shift : tile[1];
+                bool gathers = tile[0] == GATHER || tile[0] == TAKEN;
+                out[1] = gathers ? tile[1] + gather_shift : tile[1];
                 out[2] = tile[2] == FULL ? FULL : tile[2] + mask_shift;
             }
             next[p->target[r]] += p->offsets[r + 1] - p->offsets[r];

@@ -34,8 +34,16 @@ class CentroidT(ClusterCompressor):
     name: ClassVar[str] = "centroid_t"
     predictor: ClassVar[str] = "cluster_inertia"
     windows: ClassVar[tuple[int, ...]] = (32, 128, 512)
-    settings: ClassVar[tuple[tuple[int, int], ...]] = ((64, 8), (256, 16))
+    settings: ClassVar[tuple[tuple[int, int], ...]] = (
+        *((64, 2), (64, 4), (64, 8)),
+        *((128, 4), (256, 16)),
+    )
     settings_behind: ClassVar[tuple[tuple[int, int], ...]] = ((64, 2), (64, 8))
+    settings_beside_keys: ClassVar[tuple[tuple[int, int], ...]] = ((64, 1),)
+    settings_opened: ClassVar[tuple[tuple[int, int, int], ...]] = (
+        *((64, 2, 64), (64, 4, 128)),
+        *((128, 8, 128), (256, 8, 128)),
+    )
     mean_name: ClassVar[str | None] = "centroid_t.query_mean"
 
     steps: ClassVar[int] = STEPS

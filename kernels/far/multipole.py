@@ -7,9 +7,9 @@ clustered again into as many slots as one chunk has; a query block reads these f
 end at least one group before its far field ends, and the slots of chunks for the rest.
 
 Source: Hooper et al., Multipole Attention, https://arxiv.org/abs/2506.13059, section 3. Unlike the
-paper, clusters are of keys after RoPE and of a chunk, no cluster is opened for single queries (that
-is what the near field of the pair does), and clusters begin at keys at equal distances, those of
-the second level at slots that are heavy and far from each other.
+paper, clusters are of keys after RoPE and of a chunk, those of one level alone are opened
+(`cluster_chunks`), for every query instead of a group, and clusters begin at keys at equal
+distances, those of the second level at slots that are heavy and far from each other.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ class Multipole(ClusterCompressor):
     name: ClassVar[str] = "multipole"
     predictor: ClassVar[str] = "cluster_inertia"
 
+    windows: ClassVar[tuple[int, ...]] = (32, 128)
+
     steps: ClassVar[int] = STEPS
     uniform: ClassVar[float] = 0.0
     by_root: ClassVar[bool] = False
+    settings_opened: ClassVar[tuple[tuple[int, int, int], ...]] = ((64, 2, 32), (64, 4, 64))
 
     levels: int = 1
 
@@ -51,6 +54,8 @@ class Multipole(ClusterCompressor):
         super().__post_init__()
         if self.levels not in (1, 2):
             raise ValueError(f"levels must be 1 or 2, got {self.levels}")
+        if self.levels > 1 and self.opened:
+            raise ValueError(f"clusters are opened with levels 1 alone, got {self.levels}")
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
@@ -64,11 +69,17 @@ class Multipole(ClusterCompressor):
         return self.levels == 1
 
     @property
+    def leaves_out(self) -> bool:
+        return super().leaves_out and self.levels == 1
+
+    @property
     def grows(self) -> bool:
         return self.levels == 1  # slots of groups come after those of all chunks
 
-    def compress(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
-        slots, most = super().compress(inputs, chunks, sinks), self._groups(chunks)
+    def compress(
+        self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
+    ) -> Slots | None:
+        slots, most = super().compress(inputs, chunks, sinks, members), self._groups(chunks)
         if slots is None or not most:
             return slots
         coarse = coarser(slots, most, GROUP * self.slots, self.slots)

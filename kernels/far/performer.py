@@ -13,6 +13,7 @@ heads share the vectors.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ class Performer(FeatureMap):
 
     name: ClassVar[str] = "performer"
     logarithmic: ClassVar[bool] = True
+    tried_beside_keys: ClassVar[tuple[Mapping[str, int], ...]] = ({"chunk": 64, "features": 32},)
 
     features: int = 128
     seed: int = 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
@@ -30,6 +31,8 @@ class SampledColumns(ChunkCompressor):
     name: ClassVar[str] = "sampled_columns"
     predictor: ClassVar[str] = "effective_keys"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
+    is_partition: ClassVar[bool] = True
+    settings_beside_keys: ClassVar[tuple[tuple[int, int], ...]] = ((64, 4),)
 
     uniform: int = 50
 
@@ -41,9 +44,17 @@ class SampledColumns(ChunkCompressor):
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         drawn, chance = pick(chunks.weight, self.slots, self.uniform / 100)
         weight = chunks.weight.gather(-1, drawn) / (self.slots * chance)
-        return Summary(
-            take(chunks.key, drawn), weight, take(chunks.value, drawn) * weight[..., None]
-        )
+        # draws ascend: of a key that is drawn again, the first slot takes it all
+        share = torch.zeros_like(chunks.weight).scatter_add_(-1, drawn, weight)
+        first = torch.ones_like(drawn, dtype=torch.bool)
+        first[..., 1:] = drawn[..., 1:] != drawn[..., :-1]
+        weight = torch.where(first, share.gather(-1, drawn), 0.0)
+        slot = torch.arange(self.slots, device=drawn.device).expand_as(drawn)
+        member = torch.full_like(chunks.weight, self.slots, dtype=torch.int64)
+        member = member.scatter_reduce_(-1, drawn, slot, "amin")
+        member = member.masked_fill(share == 0, -1)
+        value = take(chunks.value, drawn) * weight[..., None]
+        return Summary(take(chunks.key, drawn), weight, value, member=member, share=share)
 
     def build_macs(self, head_dim: int) -> float:
         return float(self.chunk * (head_dim + 2) + self.slots * head_dim)

@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.near.window import Window
-from attnplan.kernels.pattern import relative_positions, window_pairs
-from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.pattern import relative_positions
+from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
+from attnplan.kernels.tile_list import BLOCK, TileList
 from attnplan.kernels.token_selection import best, pack_tokens, top_tokens
 
 
 @dataclass(frozen=True)
-class Loki(Selector):
+class Loki(SingleKeys):
     """Keep sinks, a window, and the `top` other keys that score best in `rank` dimensions."""
 
     name: ClassVar[str] = "loki"
@@ -67,8 +68,15 @@ class Loki(Selector):
     @classmethod
     def select(cls, selectors: Sequence[Self], inputs: Inputs, blocks: Tensor) -> TileList:
         windows = Window.select([Window(s.window, s.sinks) for s in selectors], inputs, blocks)
-        tokens = _tokens(selectors, inputs, blocks)
+        position = inputs.positions(blocks).flatten()  # -1 past the last query
+        window = numbers_on(tuple(s.window for s in selectors), position.device)[:, None]
+        high = torch.where(position >= 0, position - window + 1, -1)
+        tokens = _tokens(selectors, inputs, blocks, high)
         return tile_list.concat([windows, pack_tokens(tokens, inputs.key.shape[2])])
+
+    def chosen(self, inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:
+        high = row_floor(inputs, blocks, floor)[:, None]
+        return _tokens([self] * len(inputs.head), inputs, blocks, high)
 
     def keep(self, inputs: Inputs) -> Tensor:
         query_map, key_map = self.maps(inputs)
@@ -83,10 +91,18 @@ class Loki(Selector):
     def cost(self, shape: AttentionShape) -> Cost:
         i = torch.arange(shape.keys - shape.queries, shape.keys)
         candidates = (i + 1 - self.window - self.sinks).clamp(min=0)
-        chosen = int(candidates.clamp(max=self.top).sum())
-        pairs = chosen + window_pairs(shape, self.window, self.sinks)
+        return self.cost_beside(shape) + self.chosen_cost(shape, candidates)
+
+    def picked(self, candidates: Tensor) -> Tensor:
+        return candidates.clamp(max=self.top)
+
+    def chosen_macs(self, shape: AttentionShape, candidates: Tensor) -> float:
         project = (shape.queries + shape.keys / shape.group) * shape.head_dim
-        return Cost(2.0 * shape.head_dim * pairs, self.rank * (float(candidates.sum()) + project))
+        return self.rank * (float(candidates.sum()) + project)
+
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        """With a short window, which the keys since the floor make longer."""
+        return shape.keys >= LEAST and self.window == 32 and self.top == 64 and self.rank < 32
 
     def misfit(self, head_dim: int) -> str | None:
         if self.rank <= head_dim:
@@ -115,17 +131,21 @@ class Loki(Selector):
         return query_map, inputs.fitted_tensor("loki.key_map")[:, :, : self.rank]
 
 
-def _tokens(selectors: Sequence[Loki], inputs: Inputs, blocks: Tensor) -> Tensor:
-    """The keys that every query of every head chooses; int32 [batch, heads, queries, most]."""
+def _tokens(selectors: Sequence[Loki], inputs: Inputs, blocks: Tensor, high: Tensor) -> Tensor:
+    """The keys that every query of every head chooses; int32 [batch, heads, queries, most].
+
+    Args:
+        selectors: one per head.
+        inputs: the call.
+        blocks: which blocks of 64 query rows to answer for.
+        high: end of the keys to choose from, broadcastable to [batch, heads, 64 * len(blocks)].
+    """
     widest = max(selectors, key=lambda s: s.rank)
     query_map, key_map = widest.maps(inputs)
-    position = inputs.positions(blocks).flatten()  # -1 past the last query
-    device = position.device
+    device = high.device
     start = numbers_on(inputs.start, device)[:, None, None]
     sinks = numbers_on(tuple(s.sinks for s in selectors), device)[:, None]
-    window = numbers_on(tuple(s.window for s in selectors), device)[:, None]
-    high = torch.where(position >= 0, position - window + 1, -1)
-    low = (start + sinks).expand(len(inputs.start), -1, len(position))
+    low = (start + sinks).expand(len(inputs.start), len(selectors), BLOCK * len(blocks))
     return top_tokens(
         inputs.rows(blocks).float() @ query_map,
         inputs.key.float() @ key_map,

@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance, tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.near.window import Window
-from attnplan.kernels.pattern import relative_positions, window_pairs
+from attnplan.kernels.pattern import relative_positions
+from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
 from attnplan.kernels.tile_list import TileList
 from attnplan.kernels.token_selection import distinct, pack_tokens
 
 
 @dataclass(frozen=True)
-class LSH(Selector):
+class LSH(SingleKeys):
     """Keep sinks, a window, and in each round the `top` latest other keys of the query's bucket."""
 
     name: ClassVar[str] = "lsh"
@@ -62,9 +63,13 @@ class LSH(Selector):
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         windows = Window(self.window, self.sinks).near(inputs, blocks)
-        return tile_list.concat(
-            [windows, pack_tokens(self._tokens(inputs, blocks), inputs.key.shape[2])]
-        )
+        position = inputs.positions(blocks).flatten()
+        high = torch.where(position >= 0, position - self.window + 1, -1)
+        tokens = self._tokens(inputs, blocks, high)
+        return tile_list.concat([windows, pack_tokens(tokens, inputs.key.shape[2])])
+
+    def chosen(self, inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:
+        return self._tokens(inputs, blocks, row_floor(inputs, blocks, floor)[:, None, None])
 
     def keep(self, inputs: Inputs) -> Tensor:
         query, key = self._hashes(inputs, inputs.query)
@@ -81,10 +86,17 @@ class LSH(Selector):
         """An upper bound: buckets may hold fewer keys, and rounds may share some."""
         i = torch.arange(shape.keys - shape.queries, shape.keys)
         candidates = (i + 1 - self.window - self.sinks).clamp(min=0)
-        chosen = int(candidates.clamp(max=self.top * self.rounds).sum())
-        pairs = chosen + window_pairs(shape, self.window, self.sinks)
+        return self.cost_beside(shape) + self.chosen_cost(shape, candidates)
+
+    def picked(self, candidates: Tensor) -> Tensor:
+        return candidates.clamp(max=self.top * self.rounds)
+
+    def chosen_macs(self, shape: AttentionShape, candidates: Tensor) -> float:
         hashing = (shape.head_dim + self.rounds * self.buckets / 2) * shape.head_dim
-        return Cost(2.0 * shape.head_dim * pairs, hashing * (shape.queries + shape.keys))
+        return float(hashing * (shape.queries + shape.keys))
+
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        return shape.keys >= LEAST
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
@@ -108,19 +120,20 @@ class LSH(Selector):
         turned = turned.unflatten(3, (self.rounds, -1)).transpose(2, 3)
         return torch.cat([turned, -turned], dim=-1).argmax(-1)
 
-    def _tokens(self, inputs: Inputs, blocks: Tensor) -> Tensor:
-        """Chosen keys, int32 [batch, heads, 64 * len(blocks), rounds * top], -1 for none."""
+    def _tokens(self, inputs: Inputs, blocks: Tensor, high: Tensor) -> Tensor:
+        """Chosen keys, int32 [batch, heads, 64 * len(blocks), rounds * top], -1 for none.
+
+        `high` ends the keys to choose from, broadcastable to [batch, heads, rounds, queries].
+        """
         query, key = self._hashes(inputs, inputs.rows(blocks))
         keys = inputs.key.shape[2]
         device = key.device
         # keys in order of (bucket, position): a bucket is a run, its latest keys are at the end
         spelled = key * keys + torch.arange(keys, device=device)
         order = spelled.sort(-1).values
-        position = inputs.positions(blocks).flatten()
         start = numbers_on(inputs.start, device)[:, None, None, None]
         low = (start + self.sinks).expand_as(query)
-        high = torch.where(position >= 0, position - self.window + 1, -1).expand_as(query)
-        high = torch.maximum(high, low)
+        high = torch.maximum(high.expand_as(query), low)
         first = torch.searchsorted(order, (query * keys + low).contiguous())
         end = torch.searchsorted(order, (query * keys + high).contiguous())
         place = end[..., None] - 1 - torch.arange(self.top, device=device)

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs
 from attnplan.kernels.block_pattern import pooled_keys
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.pattern import causal, relative_positions
+from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import top_tokens
 
 
 @dataclass(frozen=True)
-class MoBA(Selector):
+class MoBA(SingleKeys):
     """Keep sinks, the query's own key block, and its `top` best-scoring earlier blocks."""
 
     name: ClassVar[str] = "moba"
@@ -51,7 +52,9 @@ class MoBA(Selector):
             yield cls(4)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
-        chosen = self._chosen(inputs, blocks).unflatten(2, (len(blocks), BLOCK))
+        own = inputs.positions(blocks).flatten() // BLOCK
+        best = self._chosen(inputs, blocks, own.expand(len(inputs.start), -1))
+        chosen = best.unflatten(2, (len(blocks), BLOCK))
         own = inputs.positions(blocks) // BLOCK  # [blocks, 64], -1 past the last query
         listed = self._listed(inputs, chosen, own)
         b, h, row, tile = torch.nonzero(listed, as_tuple=True)
@@ -71,6 +74,18 @@ class MoBA(Selector):
         gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=mask.device)
         masks = words[~full & some]
         return tile_list.from_rows(batch, heads, count, rows[some], tiles[some], gather, masks)
+
+    @property
+    def recent(self) -> int:
+        return 1  # beside a far field, which ends where a chunk does
+
+    def chosen(self, inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:
+        end = row_floor(inputs, blocks, floor)
+        best = self._chosen(inputs, blocks, end.clamp(min=0) // BLOCK)
+        tokens = best[..., None] * BLOCK + torch.arange(BLOCK, device=best.device)
+        first = numbers_on(inputs.start, best.device)[:, None, None, None, None] + self.sinks
+        there = (best[..., None] >= 0) & (tokens >= first)
+        return torch.where(there, tokens, -1).flatten(3).to(torch.int32)
 
     def keep(self, inputs: Inputs) -> Tensor:
         wide = torch.promote_types(inputs.query.dtype, torch.float32)
@@ -98,16 +113,28 @@ class MoBA(Selector):
         scoring = float(earlier.sum()) + shape.keys / shape.group
         return Cost(2.0 * shape.head_dim * pairs, scoring * shape.head_dim)
 
-    def _chosen(self, inputs: Inputs, blocks: Tensor) -> Tensor:
-        """The chosen key blocks of every row, int32 [batch, heads, 64 * len(blocks), top]."""
-        own = inputs.positions(blocks).flatten() // BLOCK
-        first = numbers_on(inputs.start, own.device)[:, None] // BLOCK
+    def picked(self, candidates: Tensor) -> Tensor:
+        return candidates.clamp(max=self.top * BLOCK)
+
+    def chosen_macs(self, shape: AttentionShape, candidates: Tensor) -> float:
+        scoring = float(candidates.sum()) / BLOCK + shape.keys / shape.group
+        return scoring * shape.head_dim
+
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        return shape.keys >= LEAST
+
+    def _chosen(self, inputs: Inputs, blocks: Tensor, high: Tensor) -> Tensor:
+        """The chosen key blocks of every row, int32 [batch, heads, 64 * len(blocks), top].
+
+        A row chooses among the blocks before `high`, int64 [batch, 64 * len(blocks)].
+        """
+        first = numbers_on(inputs.start, high.device)[:, None] // BLOCK
         return top_tokens(
             inputs.rows(blocks),
             pooled_keys(inputs),
             kv_head=inputs.kv_head,
-            low=first.expand(-1, len(own)),
-            high=own.expand(len(inputs.start), -1),
+            low=first.expand_as(high),
+            high=high,
             top=self.top,
         )
 

@@ -18,24 +18,25 @@ later keys. Scores are computed in float32; ties go to the earlier block and key
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments, Selector
+from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
 from attnplan.kernels.block_sieve import SIEVE, sieved_tokens
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
-from attnplan.kernels.pattern import relative_positions, window_pairs
+from attnplan.kernels.pattern import relative_positions
+from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
 from attnplan.kernels.tile_list import TileList
 from attnplan.kernels.token_selection import best, pack_tokens
 
 
 @dataclass(frozen=True)
-class TwoStage(Selector):
+class TwoStage(SingleKeys):
     """Keep sinks, a window, and the `top` best keys of the `blocks` most promising blocks."""
 
     name: ClassVar[str] = "two_stage"
@@ -73,20 +74,45 @@ class TwoStage(Selector):
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         windows = Window(self.window, self.sinks).near(inputs, blocks)
-        query_map, key_map = self._loki.maps(inputs)
         position = inputs.positions(blocks).flatten()  # -1 past the last query
         high = torch.where(position >= 0, position - self.window + 1, -1)
-        tokens = sieved_tokens(
+        tokens = self._tokens(inputs, blocks, inputs.start, high)
+        return tile_list.concat([windows, pack_tokens(tokens, inputs.key.shape[2])])
+
+    def chosen(self, inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:
+        high = row_floor(inputs, blocks, floor)
+        rows = [
+            self._tokens(
+                replace(
+                    inputs,
+                    query=inputs.query[row : row + 1],
+                    key=inputs.key[row : row + 1],
+                    value=inputs.value[row : row + 1],
+                    start=(start,),
+                ),
+                blocks,
+                (start,),
+                high[row],
+            )
+            for row, start in enumerate(inputs.start)
+        ]
+        return torch.cat(rows)
+
+    def _tokens(
+        self, inputs: Inputs, blocks: Tensor, start: tuple[int, ...], high: Tensor
+    ) -> Tensor:
+        """Chosen keys, int32 [batch, heads, 64 * len(blocks), top]; see `sieved_tokens`."""
+        query_map, key_map = self._loki.maps(inputs)
+        return sieved_tokens(
             inputs.rows(blocks).float() @ query_map,
             inputs.key.float() @ key_map,
             kv_head=inputs.kv_head,
-            start=inputs.start,
+            start=start,
             sinks=self.sinks,
             high=high,
             blocks=self.blocks,
             top=self.top,
         )
-        return tile_list.concat([windows, pack_tokens(tokens, inputs.key.shape[2])])
 
     def keep(self, inputs: Inputs) -> Tensor:
         query_map, key_map = self._loki.maps(inputs)
@@ -120,12 +146,21 @@ class TwoStage(Selector):
     def cost(self, shape: AttentionShape) -> Cost:
         i = torch.arange(shape.keys - shape.queries, shape.keys)
         candidates = (i + 1 - self.window - self.sinks).clamp(min=0)
-        chosen = int(candidates.clamp(max=self.top).sum())
-        pairs = chosen + window_pairs(shape, self.window, self.sinks)
-        read = (i + 1 - self.window).clamp(min=0) / SIEVE
+        return self.cost_beside(shape) + self.chosen_cost(shape, candidates)
+
+    def picked(self, candidates: Tensor) -> Tensor:
+        return candidates.clamp(max=self.top)
+
+    def chosen_macs(self, shape: AttentionShape, candidates: Tensor) -> float:
+        read = torch.where(candidates > 0, candidates + self.sinks, 0) / SIEVE
         scored = 2 * read + SIEVE * read.clamp(max=self.blocks)
         project = (shape.queries + shape.keys / shape.group) * shape.head_dim
-        return Cost(2.0 * shape.head_dim * pairs, self.rank * (float(scored.sum()) + project))
+        return self.rank * (float(scored.sum()) + project)
+
+    def tried_with_far(self, shape: AttentionShape) -> bool:
+        """With a short window, which the keys since the floor make longer."""
+        short = self.window == 32 and self.rank < 32
+        return shape.keys >= LEAST and short and SIEVE * self.blocks <= 4 * self.top
 
     def misfit(self, head_dim: int) -> str | None:
         if self.rank <= head_dim:
