@@ -265,10 +265,10 @@ class Slots:
         weight: float32 [batch, slot_heads, slots].
         value: [batch, slot_heads, slots, value_dim].
         head: int32 [heads], the row of `key` that a head reads, -1 for none.
-        member: int32 [batch, slot_heads, keys], the slot that holds a key, -1 for none; None where
+        member: int32 [batch, slot_heads, keys], the slot that holds a key, -1 for none; empty where
             no key is taken out of its slot.
-        share: float32 [batch, slot_heads, keys], what a key is of its slot's `weight`; the same
-            share of its value is in the slot's `value`.
+        share: float32 [batch, slot_heads, keys], what a key is of its slot's `weight`, and of the
+            key's value in the slot's `value`; empty as `member` is.
     """
 
     key: Tensor
@@ -276,8 +276,8 @@ class Slots:
     weight: Tensor
     value: Tensor
     head: Tensor
-    member: Tensor | None = None
-    share: Tensor | None = None
+    member: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    share: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Selector(ABC):

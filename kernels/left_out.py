@@ -69,16 +69,15 @@ def _split(slots: Slots, words: Tensor, tokens: Tensor, heads: slice) -> tuple[T
     slot = torch.where(tokens < 0, count, slot)
     taken = torch.zeros(*tokens.shape[:3], count + 1, dtype=torch.int16, device=held.device)
     taken.scatter_add_(3, slot, torch.ones_like(slot, dtype=torch.int16))
-    gone = (taken == size[:, :, None]) & (size > 0)[:, :, None]
+    gone = taken == size[:, :, None]  # a slot without keys too
     gone[..., count] = True
     alone = gone.gather(3, slot)
-    off = tile_list.pack_bits(gone[..., :count].unflatten(3, (-1, BLOCK)))
-    return words.repeat_interleave(BLOCK, 2) & ~off, alone
+    unread = tile_list.pack_bits(gone[..., :count].unflatten(3, (-1, BLOCK)))
+    return words.repeat_interleave(BLOCK, 2) & ~unread, alone
 
 
-def _of_heads(rows: Tensor | None, slots: Slots) -> Tensor:
+def _of_heads(rows: Tensor, slots: Slots) -> Tensor:
     """Members or shares of every head, [batch, heads, keys]."""
-    assert rows is not None
     return rows[:, slots.head.long()]
 
 

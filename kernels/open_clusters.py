@@ -28,7 +28,6 @@ def tiles(query: Tensor, slots: Slots, words: Tensor, most: int, scale: float) -
         most: keys that a row reads at most.
         scale: factor before the softmax.
     """
-    assert slots.member is not None
     step = max(1, NUMBERS // max(1, query.shape[0] * query.shape[2] * slots.key.shape[2]))
     found = []
     for first in range(0, query.shape[1], step):
@@ -50,7 +49,6 @@ def _opened(
     key, log_weight, weight = (
         t[:, row].to(wide) for t in (slots.key, slots.log_weight, slots.weight)
     )
-    assert slots.member is not None
     member = slots.member[:, row].long()
     count = key.shape[2]
     bits = words[..., None] >> torch.arange(BLOCK, device=words.device) & 1

@@ -7,14 +7,15 @@ between; the far field stands in for the others, and what is chosen leaves it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
-from attnplan.kernels.near.window import Window
-from attnplan.kernels.pattern import window_pairs
+from attnplan.kernels.pattern import StaticPattern, window_pairs
 from attnplan.kernels.tile_list import BLOCK, TileList
 
 LEAST = 2048
@@ -40,7 +41,7 @@ class SingleKeys(Selector):
     def beside(
         self, inputs: Inputs, blocks: Tensor, floor: Tensor, chunk: int
     ) -> tuple[TileList, Tensor | None]:
-        return Window(1, self.sinks).near(inputs, blocks, floor), None
+        return SinceFloor(self.sinks).near(inputs, blocks, floor), None
 
     def chosen_cost(self, shape: AttentionShape, candidates: Tensor) -> Cost:
         pairs = int(self.picked(candidates).sum())
@@ -48,6 +49,30 @@ class SingleKeys(Selector):
 
     def cost_beside(self, shape: AttentionShape) -> Cost:
         return Cost(2.0 * shape.head_dim * window_pairs(shape, self.recent, self.sinks))
+
+
+@dataclass(frozen=True)
+class SinceFloor(StaticPattern):
+    """Sinks, and every key since the floor."""
+
+    name: ClassVar[str] = "since_floor"
+    predictor: ClassVar[str] = "sink_local_mass"
+
+    sinks: int
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        """None: it is a part of other methods."""
+        return iter(())
+
+    def rule(self, i: Tensor, j: Tensor) -> Tensor:
+        return (j == i) | (j < self.sinks)
+
+    def reach(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(0, self.sinks), (first, last + 1)]
+
+    def cost(self, shape: AttentionShape) -> Cost:
+        return Cost(2.0 * shape.head_dim * window_pairs(shape, 1, self.sinks))
 
 
 def row_floor(inputs: Inputs, blocks: Tensor, floor: Tensor) -> Tensor:

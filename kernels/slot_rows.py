@@ -42,15 +42,15 @@ def stack(parts: Sequence[Slots], head: Tensor) -> Slots:
     return Slots(key, log_weight, weight, value, head, *_members(parts))
 
 
-def _members(parts: Sequence[Slots]) -> tuple[Tensor | None, Tensor | None]:
+def _members(parts: Sequence[Slots]) -> tuple[Tensor, Tensor]:
     """Members and shares of all rows, where some have them; none in the others."""
-    if all(slots.member is None for slots in parts):
-        return None, None
-    keys = next(slots.member.shape[2] for slots in parts if slots.member is not None)
+    keys = max(len(slots.member) and slots.member.shape[2] for slots in parts)
+    if not keys:
+        return parts[0].member, parts[0].share
     members, shares = [], []
     for slots in parts:
         size = (*slots.weight.shape[:2], keys)
-        if slots.member is None or slots.share is None:
+        if not len(slots.member):
             members.append(slots.head.new_full(size, -1))
             shares.append(slots.weight.new_zeros(size))
         else:

@@ -30,8 +30,8 @@ INSTRUCTIONS = {
     "tile_copies": r"\bUTMALDG\b",
     "spills": r"\b(?:LDL|STL)\b",
 }
-INTEGERS = {"work", "index", "mask", "chosen", "gather", "masks", "slot_head"}
-FLOATS = {"log_mass", "slot_log_weight", "slot_weight"}
+INTEGERS = {"work", "index", "mask", "chosen", "gather", "masks", "slot_head", "slot_member"}
+FLOATS = {"log_mass", "slot_log_weight", "slot_weight", "slot_share"}
 NUMBERS = {"heads", "queries", "keys", "slot_heads", "slots"}
 
 
@@ -46,6 +46,7 @@ def source(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> AST
         slots="slots" in kind,
         chosen="chosen" in kind,
         copies=arch >= 90 and dtype != "fp32",
+        members="members" in kind,
     )
     signature, attributes = {}, {}
     for position, name in enumerate(engine._forward.arg_names):

@@ -137,8 +137,7 @@ def double(slots: Slots | None) -> Slots | None:
     if slots is None:
         return None
     floats = (slots.key, slots.log_weight, slots.weight, slots.value)
-    share = None if slots.share is None else slots.share.double()
-    return Slots(*(t.double() for t in floats), slots.head, slots.member, share)
+    return Slots(*(t.double() for t in floats), slots.head, slots.member, slots.share.double())
 
 
 def assert_as_accurate(actual: Tensor, low: Tensor, exact: Tensor, rounding: float) -> None:

@@ -35,7 +35,7 @@ def opened(pair: Approximation, inputs: Inputs) -> tuple[Tensor, Tensor]:
     chunks = int(far.chunks_before(inputs, end[:, None]).max())
     plain = dataclasses.replace(far, opened=0)
     slots = plain.compress(inputs, chunks, (near.sinks,) * len(inputs.head), members=True)
-    assert slots is not None and slots.member is not None
+    assert slots is not None
     batch, heads, queries, _ = inputs.query.shape
     j = torch.arange(inputs.key.shape[2])
     start = torch.tensor(inputs.start)[:, None, None, None]

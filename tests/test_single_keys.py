@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnplan.kernels import catalog, left_out
 from attnplan.kernels.approximation import Approximation, AttentionShape, Compressor, Inputs
-from attnplan.kernels.engines import cpu, reference
+from attnplan.kernels.engines import cpu, reference, triton
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.far.performer import Performer
@@ -121,7 +121,7 @@ def by_slots(far: ChunkCompressor, inputs: Inputs, sinks: int, reach: int) -> Te
     floor = far.floor(inputs, all_blocks(inputs), reach)[:, None]
     chunks = int(far.chunks_before(inputs, floor).max())
     slots = far.compress(inputs, chunks, (sinks,) * len(inputs.head), members=True)
-    assert slots is not None and slots.member is not None and slots.share is not None
+    assert slots is not None
     member, share = slots.member.long(), slots.share
     held = torch.where(member < 0, slots.key.shape[2], member)
     value = inputs.value[:, list(inputs.kv_head)]
@@ -204,7 +204,7 @@ def test_all_keys_chosen_are_dense_attention(near: SingleKeys, far: Compressor) 
 @pytest.mark.parametrize("far", PARTITIONS, ids=str)
 def test_a_slot_of_chosen_keys_is_not_read(far: ChunkCompressor) -> None:
     """Not even to be subtracted: nothing of it is left to rounding."""
-    tiles, slots = Approximation(Loki(4, 700, 16), far).tiles(CALLS["padded"], torch.arange(8))
+    tiles, slots = Approximation(Loki(4, 700, 16), far).tiles(text(512), torch.arange(8))
     assert slots is not None
     assert not bool(((tiles.tiles[:, 0] == TAKEN) | (tiles.tiles[:, 0] == SLOTS)).any())
 
@@ -251,6 +251,35 @@ def test_engines_agree(far: ChunkCompressor, dtype: torch.dtype, compiled: bool)
     budget = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=budget)
     torch.testing.assert_close(mass.double(), expected_mass, rtol=0, atol=4 * budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpu_engine_subtracts_too(dtype: torch.dtype) -> None:
+    """With another head that reads single keys and has no slots, on a GPU or interpreted."""
+    inputs = text(200)
+    names = ("query", "key", "value")
+    narrow = dataclasses.replace(inputs, **{n: getattr(inputs, n).to(dtype) for n in names})
+    pair = Approximation(Loki(4, 9, 16), CentroidT(64, 5))
+    assignment = (pair, Approximation(Loki(4, 9)), pair, Approximation(Window(16)))
+    kernel = LayerKernel(assignment, inputs.fitted)
+    tiles, slots = kernel.tiles(narrow, all_blocks(narrow))
+    assert slots is not None and bool((tiles.tiles[:, 0] == TAKEN).any())
+    call = {"scale": inputs.scale, "kv_head": inputs.kv_head}
+    floats = ("key", "log_weight", "weight", "value", "share")
+    exact = dataclasses.replace(slots, **{n: getattr(slots, n).double() for n in floats})
+    wide = {n: getattr(narrow, n).double() for n in names}
+    expected, expected_mass = reference.attend(**wide, **call, tiles=tiles, slots=exact)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    moved = {f.name: getattr(slots, f.name).to(device) for f in dataclasses.fields(slots)}
+    found, mass = triton.attend(
+        *(getattr(narrow, n).to(device) for n in names),
+        **call,
+        tiles=tiles.to(device),
+        slots=dataclasses.replace(slots, **moved),
+    )
+    budget = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=budget)
+    torch.testing.assert_close(mass.cpu().double(), expected_mass, rtol=0, atol=4 * budget)
 
 
 def test_heads_of_a_layer_are_as_alone() -> None:

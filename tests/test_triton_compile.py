@@ -21,6 +21,7 @@ PREFILL = {
     90: [
         "90:bf16:64:near+chosen:4096",
         "90:bf16:64:near+gather+slots:4096",
+        "90:bf16:64:near+gather+slots+members:4096",
         "90:fp16:128:near+chosen:4096",
         "90:bf16:128:near+gather+slots:4096",
         "90:bf16:256:near+chosen:4096",

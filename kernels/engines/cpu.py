@@ -151,7 +151,7 @@ def _attend_compiled(
         floats = (slots.key, slots.value, slots.log_weight, slots.weight)
         far = [t.detach().float().contiguous() for t in floats]
         far.append(slots.head.to(torch.int32).contiguous())
-        if slots.member is not None and slots.share is not None:
+        if len(slots.member):
             far.append(slots.member.to(torch.int32).contiguous())
             far.append(slots.share.detach().float().contiguous())
     call = _Call(
@@ -285,7 +285,7 @@ class _KeyPool:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Row of the slots, slot and share of keys; a share of 0 where a key leaves no slot."""
         slots = self.slots
-        assert slots is not None and slots.member is not None and slots.share is not None
+        assert slots is not None
         row = slots.head.long()[head].clamp(min=0)
         slot = slots.member[batch, row, keys].long()
         share = torch.where(taken & (slot >= 0), slots.share[batch, row, keys].float(), 0.0)

@@ -73,7 +73,6 @@ def masked(
         weights = [weight.expand(*weight.shape[:3], key.shape[2]), slots.weight[:, row, None]]
         values = [value, slots.value[:, row].to(query.dtype)]
         if taken is not None:
-            assert slots.member is not None and slots.share is not None
             slot = slots.member[:, row, None].long().clamp(min=0)
             own = far_logits.gather(3, slot.expand(-1, -1, query.shape[2], -1))
             share = -slots.share[:, row].to(query.dtype)

@@ -5,7 +5,7 @@ are grouped by loop:
 
     full      contiguous keys, all pairs
     masked    contiguous keys under a mask, and the ragged end of the text
-    gather    64 keys from anywhere
+    gather    64 keys from anywhere, and what they leave where they leave slots
     slots     pseudo-keys
 
 Rows come longest first: the device takes them in this order, and fills evenly although heads differ
@@ -25,12 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, TileList
+from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, SLOTS, TAKEN, TileList
 
 FIELDS = 8
 """Numbers of a row of work."""
 CHOSEN = 1 << 16
 """Added to the kv head of a row whose whole blocks are chosen at every call."""
+LEAVES = 1 << 30
+"""Added to the index of a gather tile whose keys leave their slots."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Schedule:
         work: int32 [rows, 8], each: the row's number in the output, (batch * heads + head) * blocks
             + block; first and end of its full tiles; first of its masked, gather and slot tiles;
             their end; its kv head, plus `CHOSEN` where its full tiles are places in `chosen`.
-        index: int32 [tiles], what a tile reads: key block, row of `gather` or block of slots.
+        index: int32 [tiles], what a tile reads: key block, row of `gather` (plus `LEAVES` where
+            its keys leave their slots) or block of slots.
         mask: int32 [tiles], row of `masks`, or FULL.
         gather: int32 [gathers, 64].
         masks: int32 [masks, 64, 2], the words of `TileList.masks` in halves, low first.
@@ -86,6 +89,7 @@ class Rows:
 def of_tiles(tiles: TileList, keys: int, kv_head: Sequence[int]) -> Schedule:
     """The schedule of a tile list, on its device and without waiting for it."""
     starts, order = _by_loop(tiles, keys)
+    kind, index, _ = tiles.tiles.unbind(1)
     device = tiles.tiles.device
     rows = torch.arange(tiles.rows, device=device, dtype=torch.int32)
     head = rows // max(tiles.blocks, 1) % tiles.heads
@@ -95,7 +99,7 @@ def of_tiles(tiles: TileList, keys: int, kv_head: Sequence[int]) -> Schedule:
     longest_first = tiles.offsets.diff().argsort(descending=True, stable=True)
     return Schedule(
         torch.stack(columns, dim=1)[longest_first].contiguous(),
-        tiles.tiles[order, 1].contiguous(),
+        (index + LEAVES * (kind == TAKEN)).to(torch.int32)[order].contiguous(),
         tiles.tiles[order, 2].contiguous(),
         tiles.gather.contiguous(),
         tiles.masks.contiguous().view(torch.int32),
@@ -107,7 +111,8 @@ def _by_loop(tiles: TileList, keys: int) -> tuple[Tensor, Tensor]:
     device = tiles.tiles.device
     kind, index, mask = tiles.tiles.unbind(1)
     is_full = (mask == FULL) & ((index + 1) * BLOCK <= keys)
-    loop = torch.where(kind == CONTIGUOUS, torch.where(is_full, 0, 1), kind + 1)
+    others = torch.where(kind == SLOTS, 3, 2)
+    loop = torch.where(kind == CONTIGUOUS, torch.where(is_full, 0, 1), others)
     rows = torch.arange(tiles.rows, device=device, dtype=torch.int32)
     row_of_tile = torch.repeat_interleave(
         rows, tiles.offsets.diff(), output_size=tiles.tiles.shape[0]
@@ -125,7 +130,8 @@ def rows_of(tiles: TileList, keys: int, heads: int) -> Rows:
         keys: keys of the text.
         heads: how many heads.
     """
-    if tiles.heads != 1 or bool((tiles.tiles[:, 0] == GATHER).any()):
+    kinds = tiles.tiles[:, 0]
+    if tiles.heads != 1 or bool(((kinds == GATHER) | (kinds == TAKEN)).any()):
         raise ValueError("rows_of needs a list of one head, without single keys")
     tiles = tiles.to(torch.device("cpu"))
     starts, order = _by_loop(tiles, keys)

@@ -6,7 +6,7 @@ loops over the row's tiles:
 
     full      contiguous keys, all pairs: no mask code
     masked    contiguous keys under a mask of 64 words, and the ragged end of the text
-    gather    64 keys from anywhere
+    gather    64 keys from anywhere; keys that leave slots also weigh minus their shares of these
     slots     pseudo-keys with a log-weight in the exponent and a signed weight in the mass
 
 Logits are kept in units of log 2, where the exponential is one instruction. Rows are started
@@ -36,6 +36,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHOSEN = tl.constexpr(scheduling.CHOSEN)
+LEAVES = tl.constexpr(scheduling.LEAVES)
 
 
 def attend(
@@ -101,13 +102,13 @@ def launch(
     kind = (
         *(head_dim, value_dim, rows_of_program(queries, query.dtype), query.dtype),
         *(len(schedule.gather) > 0, slots is not None, chosen is not None, copies),
-        _generation(query.device),
+        *(slots is not None and len(slots.member) > 0, _generation(query.device)),
     )
     made, options = _compiled_for(*kind)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     slot_arguments = _slot_arguments(slots, query)
     key_of_launch = None
-    if are_aligned((query, key, value, *slot_arguments[:5]), strides):
+    if are_aligned((query, key, value, *slot_arguments[:7]), strides):
         key_of_launch = (kind, query.device)
     if copies:
         triton.set_allocator(_scratch)
@@ -139,10 +140,11 @@ def _compiled_for(
     slots: bool,
     chosen: bool,
     copies: bool,
+    members: bool,
     generation: int,
 ) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
     has = {"gather": gather, "slots": slots, "copies": copies}
-    made = constants(head_dim, value_dim, rows=rows, chosen=chosen, **has)
+    made = constants(head_dim, value_dim, rows=rows, chosen=chosen, members=members, **has)
     return made, launch_options(max(head_dim, value_dim), dtype, generation=generation, **has)
 
 
@@ -180,6 +182,7 @@ def constants(
     slots: bool,
     chosen: bool = False,
     copies: bool = False,
+    members: bool = False,
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for, beside dtypes."""
     return {
@@ -193,6 +196,7 @@ def constants(
         "HAS_SLOTS": slots,
         "HAS_CHOSEN": chosen,
         "COPIES": copies,
+        "HAS_MEMBERS": members,
     }
 
 
@@ -249,15 +253,17 @@ def schedule_of(tiles: TileList, keys: int, kv_head: tuple[int, ...]) -> Schedul
 
 
 def _slot_arguments(slots: Slots | None, query: Tensor) -> tuple[Any, ...]:
-    """Five tensors and two sizes."""
+    """Seven tensors and two sizes."""
     if slots is None:
-        return query, query, query, query, query, 0, 0  # never read
+        return *(query,) * 7, 0, 0  # never read
+    members = (slots.member.to(torch.int32), slots.share.float()) if len(slots.member) else ()
     return (
         slots.key.to(query.dtype).contiguous(),
         slots.value.to(query.dtype).contiguous(),
         slots.log_weight.float().contiguous(),
         slots.weight.float().contiguous(),
         slots.head.to(torch.int32).contiguous(),
+        *((t.contiguous() for t in members) if members else (query, query)),
         slots.key.shape[1],
         slots.key.shape[2],
     )
@@ -295,7 +301,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, tiles: TileL
 def _forward(
     query, key, value, output, log_mass,
     work, index, mask, chosen, gather, masks,
-    slot_key, slot_value, slot_log_weight, slot_weight, slot_head, slot_heads, slots,
+    slot_key, slot_value, slot_log_weight, slot_weight, slot_head, slot_member, slot_share,
+    slot_heads, slots,
     scale_log2, heads, queries, keys,
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
@@ -303,7 +310,7 @@ def _forward(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_SLOTS: tl.constexpr,
-    HAS_CHOSEN: tl.constexpr, COPIES: tl.constexpr,
+    HAS_CHOSEN: tl.constexpr, COPIES: tl.constexpr, HAS_MEMBERS: tl.constexpr,
 ):  # fmt: skip
     if ROWS == BLOCK:
         first_row = 0
@@ -390,9 +397,21 @@ def _forward(
             v = _load(value + j[:, None] * value_row + e[None, :], e, VALUE_DIM, BLOCK_V)
         numerator = _add(numerator, rescale, weights, v)
 
+    if HAS_SLOTS:
+        slot_row = batch * slot_heads + tl.maximum(tl.load(slot_head + head), 0)
+        far = slot_row * slots
+        slot_key += far * HEAD_DIM
+        slot_value += far * VALUE_DIM
+        slot_log_weight += far
+        slot_weight += far
+        if HAS_MEMBERS:
+            slot_member += slot_row * keys
+            slot_share += slot_row * keys
+
     if HAS_GATHER:
         for tile in tl.range(gather_start, slots_start):
-            j = tl.load(gather + tl.load(index + tile) * BLOCK + c)
+            place = tl.load(index + tile)
+            j = tl.load(gather + place % LEAVES * BLOCK + c)
             is_key = (j >= 0) & (j < keys)
             j = tl.where(is_key, j, 0).to(tl.int64)
             k = _load(key + j[:, None] * key_row + d[None, :], d, HEAD_DIM, BLOCK_D)
@@ -400,16 +419,28 @@ def _forward(
             keep = _keep(masks, tl.load(mask + tile), BLOCK, ROWS, BLOCK)
             keep = keep & is_key[None, :]
             logits = tl.where(keep, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
-            weights, rescale, shift = _softmax(logits, scale_log2, shift)
+            if HAS_MEMBERS:
+                leaves = is_key & (tl.broadcast_to(place, [BLOCK]) >= LEAVES)
+                slot = tl.load(slot_member + j, mask=leaves, other=-1)
+                leaves = slot >= 0
+                slot = tl.maximum(slot, 0)
+                share = tl.load(slot_share + j, mask=leaves, other=0.0)
+                log_weight = tl.load(slot_log_weight + slot) * LOG2E
+                own = slot_key + slot[:, None] * HEAD_DIM + d[None, :]
+                own = _load(own, d, HEAD_DIM, BLOCK_D)
+                own = tl.dot(q, own.T, input_precision="ieee") * scale_log2 + log_weight[None, :]
+                own = tl.where(keep & leaves[None, :], own, float("-inf"))
+                before = tl.maximum(shift, tl.max(own, 1))
+                weights, _, top = _softmax(logits, scale_log2, before)
+                weights -= share[None, :] * tl.math.exp2(own - top[:, None])
+                rescale = tl.math.exp2(shift - top)
+                shift = top
+            else:
+                weights, rescale, shift = _softmax(logits, scale_log2, shift)
             mass = mass * rescale + tl.sum(weights, 1)
             numerator = _add(numerator, rescale, weights, v)
 
     if HAS_SLOTS:
-        far = (batch * slot_heads + tl.maximum(tl.load(slot_head + head), 0)) * slots
-        slot_key += far * HEAD_DIM
-        slot_value += far * VALUE_DIM
-        slot_log_weight += far
-        slot_weight += far
         for tile in tl.range(slots_start, end):
             j = tl.load(index + tile).to(tl.int64) * BLOCK + c
             k = _load(slot_key + j[:, None] * HEAD_DIM + d[None, :], d, HEAD_DIM, BLOCK_D)
