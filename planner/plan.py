@@ -393,12 +393,13 @@ def needed_data(approximation: Approximation, model: ModelIdentity) -> set[str]:
 
 
 def _knobs(approximation: Approximation) -> dict[str, Any]:
-    spelled = catalog.to_dict(approximation)
+    """All of them, also those that a plan spells where they are not the default alone."""
+    parts = {"near": approximation.near, "far": approximation.far}
     return {
         f"{side}.{knob}": value
-        for side, fields in spelled.items()
-        for knob, value in fields.items()
-        if knob != "name"
+        for side, part in parts.items()
+        if part is not None
+        for knob, value in asdict(part).items()  # type: ignore[call-overload]
     }
 
 
