@@ -25,6 +25,11 @@ from attnplan.kernels.pattern import causal, window_pairs
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import best
 
+SCORES = 1 << 24
+"""Scores of single keys that are held at a time."""
+ASKING = 16
+"""Queries that choose for a query block: those up to its first, which no later query changes."""
+
 
 @dataclass(frozen=True)
 class BlockGrid:
@@ -133,35 +138,113 @@ def pooled_keys(inputs: Inputs) -> Tensor:
     keys = inputs.key.shape[2]
     position = torch.arange(keys, device=inputs.key.device)
     real = position >= numbers_on(inputs.start, position.device)[:, None]
-    return _block_means(inputs.key, real[:, None, :, None])
+    real = real[:, None, :, None]
+    wide = torch.promote_types(inputs.key.dtype, torch.float32)
+    rows, pad = inputs.key.to(wide) * real, (0, 0, 0, -keys % BLOCK)
+    sums, counts = (
+        torch.nn.functional.pad(t, pad).unflatten(2, (-1, BLOCK)).sum(3)
+        for t in (rows, real.to(wide))
+    )
+    return sums / counts.clamp(min=1)
+
+
+def asking_queries(inputs: Inputs, blocks: Tensor, count: int = ASKING) -> tuple[Tensor, Tensor]:
+    """The last `count` queries up to the first of some query blocks: all their rows may know these.
+
+    Padding, and what lies before the call, is left out: zero, and said not to be real.
+
+    Returns:
+        Queries [batch, heads, len(blocks), count, head_dim], at least float32, the first of the
+        block last, and bool [batch, len(blocks), count], which are real.
+    """
+    row = blocks[:, None] * BLOCK + torch.arange(1 - count, 1, device=blocks.device)
+    start = numbers_on(inputs.start, blocks.device)[:, None, None]
+    real = (row >= 0) & (row + inputs.offset >= start)
+    queries = inputs.query[:, :, row.clamp(min=0)]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    return queries.to(wide) * real[:, None, :, :, None], real
 
 
 def pooled_queries(inputs: Inputs, blocks: Tensor) -> Tensor:
-    """Mean query of some query blocks, [batch, heads, len(blocks), head_dim]."""
-    real = inputs.positions(blocks)  # [blocks, 64]
-    start = numbers_on(inputs.start, blocks.device)[:, None, None]
-    real = (real >= start).flatten(1)  # padding rows have position -1 or lie before start
-    return _block_means(inputs.rows(blocks), real[:, None, :, None])
+    """Mean of the `asking_queries` of some blocks, [batch, heads, len(blocks), head_dim]."""
+    queries, real = asking_queries(inputs, blocks)
+    return queries.sum(3) / real.sum(2).clamp(min=1)[:, None, :, None]
 
 
-def _block_means(rows: Tensor, real: Tensor) -> Tensor:
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    rows, real = rows.to(wide) * real, real.to(wide).expand(rows.shape[0], 1, rows.shape[2], 1)
-    pad = (0, 0, 0, -rows.shape[2] % BLOCK)
-    rows = torch.nn.functional.pad(rows, pad).unflatten(2, (-1, BLOCK)).sum(3)
-    count = torch.nn.functional.pad(real, pad).unflatten(2, (-1, BLOCK)).sum(3)
-    return rows / count.clamp(min=1)
+def followed(scores: Tensor, grid: BlockGrid) -> Tensor:
+    """log(e^a + e^b) of the score of a key block and of the one before it, unless that is a sink.
+
+    Args:
+        scores: [batch, heads, blocks, key blocks], logarithms.
+        grid: of these blocks.
+    """
+    before = scores[..., :-1].masked_fill(grid.key_block[:-1] <= grid.sink, float("-inf"))
+    return torch.cat([scores[..., :1], torch.logaddexp(scores[..., 1:], before)], dim=-1)
+
+
+def first_masses(inputs: Inputs, blocks: Tensor) -> Tensor:
+    """What the first query of some blocks gives to every key block: log sum_j e^{s q.k_j}.
+
+    All rows of a query block may know its first query, which no later one changes.
+
+    Returns:
+        As `block_masses`.
+    """
+    wide = torch.promote_types(inputs.query.dtype, torch.float32)
+    first = inputs.query[:, :, blocks * BLOCK].to(wide) * inputs.scale
+    return block_masses(first, inputs.key.to(wide), inputs.kv_head, BLOCK)
+
+
+def block_masses(query: Tensor, key: Tensor, kv_head: tuple[int, ...], each: int) -> Tensor:
+    """log sum e^{q.k} over the rows k of every key block.
+
+    Args:
+        query: [batch, heads, rows, dim].
+        key: [batch, kv_heads, keys, dim].
+        kv_head: for each of `heads`, the kv head it reads.
+        each: rows of `key` per key block.
+
+    Returns:
+        [batch, heads, rows, key blocks]; -inf for a block that is not complete. Blocks with padding
+        are nobody's choice, and theirs means nothing.
+    """
+    blocks = key.shape[2] // each
+    more = -(-key.shape[2] // each) - blocks
+    at_once = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
+    made = []
+    for part in query.split(at_once, 2):
+        scores = _products(part, key[:, :, : blocks * each], kv_head).unflatten(3, (blocks, each))
+        top = scores.amax(4, keepdim=True)
+        mass = (scores - top).exp_().sum(4).log_() + top[..., 0]
+        made.append(torch.nn.functional.pad(mass, (0, more), value=float("-inf")))
+    return torch.cat(made, 2)
+
+
+def _products(query: Tensor, key: Tensor, kv_head: tuple[int, ...]) -> Tensor:
+    """Of queries [batch, heads, rows, dim] with the keys that heads read, [..., rows, keys]."""
+    used = tuple(dict.fromkeys(kv_head))
+    each = len(kv_head) // len(used)
+    if kv_head != tuple(kv for kv in used for _ in range(each)):
+        return query @ heads_of(key, kv_head).mT
+    # heads of a group stand side by side: their keys are not copied
+    grouped = query.unflatten(1, (len(used), each)).flatten(2, 3)
+    return (grouped @ heads_of(key, used).mT).view(*query.shape[:3], -1)
 
 
 @dataclass(frozen=True)
 class ScoredBlocks(Selector):
     """Keep the sink block, `local` recent key blocks, and the `top` best-scoring others.
 
-    A subclass says how a query block scores a key block. Ties go to the earlier block. Beside a far
-    field `top` is rounded up to whole chunks, and the score of a chunk is that of its best block.
+    A subclass says how a query block scores a key block, from no query after the block's first: all
+    rows of a block read the same blocks, and none may depend on a later row. Ties go to the earlier
+    block. Beside a far field `top` is rounded up to whole chunks, and the score of a chunk is that
+    of its best block.
     """
 
     keeps_chunks: ClassVar[bool] = True
+    follows: ClassVar[bool] = False
+    """Scores are logarithms, and a block is worth what the block before it scores too: what is read
+    often moves along with the text, and the queries that choose stand before the others."""
     settings: ClassVar[tuple[tuple[int, int], ...]] = ((4, 2), (16, 4))
     """(top, local) worth trying."""
     settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ()
@@ -188,6 +271,11 @@ class ScoredBlocks(Selector):
     @abstractmethod
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         """Score of every key block, [batch, heads, len(blocks), key blocks], at least float32."""
+
+    def worth(self, inputs: Inputs, blocks: Tensor, grid: BlockGrid) -> Tensor:
+        """What blocks are chosen by: `scores`, `followed` where the method says so."""
+        scores = self.scores(inputs, blocks)
+        return followed(scores, grid) if self.follows else scores
 
     @classmethod
     def layer_scores(
@@ -226,7 +314,7 @@ class ScoredBlocks(Selector):
     ) -> tuple[TileList, Tensor | None]:
         grid = BlockGrid.of(inputs, blocks)
         each = chunk // BLOCK
-        scores = grid.by_chunk(self.scores(inputs, blocks), each)
+        scores = grid.by_chunk(self.worth(inputs, blocks, grid), each)
         number = torch.arange(scores.shape[3], device=scores.device)
         end = floor[:, None, :, None] // BLOCK
         is_far = number < (end - grid.sink) // each
@@ -267,4 +355,4 @@ class ScoredBlocks(Selector):
 
     def _chosen(self, inputs: Inputs, blocks: Tensor, grid: BlockGrid) -> Tensor:
         """Bool [batch, heads, len(blocks), key blocks]."""
-        return best(self.scores(inputs, blocks), grid.candidates(self.local), self.top)
+        return best(self.worth(inputs, blocks, grid), grid.candidates(self.local), self.top)

@@ -174,6 +174,7 @@ class PreparedLayer:
                     local=choice.local,
                     start=self._start,
                     offset=inputs.offset,
+                    follows=choice.selectors[0].follows,
                 )
         slots, parts = self._far_fields(inputs)
         output, log_mass = triton.launch(

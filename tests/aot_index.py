@@ -3,8 +3,8 @@
     python tests/aot_index.py 90:bf16:64:chunks:128 80:fp32:64:nearest:16
 
 names architecture, dtype, head_dim, kernel (of a map with squares `squares`, `chunks`,
-`prefix` and `read`; `nearest`, `hash`; `merge`; `centroid_t`, `multipole`) and how many
-features, centres, columns of a round or keys of a chunk it has.
+`prefix` and `read`; `nearest`, `hash`; `merge`; `centroid_t`, `multipole`; `means`, `choose`) and
+how many features, centres, columns of a round, keys of a chunk, rows or key blocks it has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import aot
 
-from attnplan.kernels.engines import cluster_triton, index_triton, linear_triton, part_triton
+from attnplan.kernels.engines import (
+    cluster_triton,
+    index_triton,
+    linear_triton,
+    part_triton,
+    select_triton,
+)
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
 
@@ -42,9 +48,15 @@ NUMBERS = {
     "clusters",
     "columns",
     "part_length",
+    "offset",
 }
 INTEGERS = {"start": "*i32", "x_head": "*i32", "kv_head": "*i32", "sinks": "*i32", "out": "*i64"}
 INTEGERS |= {"names": "*i32"}
+OWN = {
+    "means": {"head": "*i32", "out": "*fp32"},
+    "choose": {"scores": "*fp32", "out": "*i32"} | dict.fromkeys(("place", "top", "local"), "*i32"),
+}
+"""Of kernels whose names for tensors mean other types."""
 INTEGERS |= {"block": "*i64", "floor": "*i64"}
 FLOATS = {"terms", "affine", "mean", "means", "log_mass", "state_log_mass"}
 FLOATS |= {"metric", "log_weight", "weight", "made_key", "made_value"}
@@ -60,6 +72,10 @@ def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, An
     if name in FAR:
         far = FAR[name](chunk=count, slots=16)
         return cluster_triton._cluster, *cluster_triton.constants(far, head_dim, head_dim)
+    if name == "means":
+        return select_triton._block_means, *select_triton.means_constants(head_dim, count or None)
+    if name == "choose":
+        return select_triton._choose_blocks, *select_triton.choose_constants(count, True)
     if name == "merge":
         return part_triton._merge_part, *part_triton.merge_constants(head_dim)
     if name == "hash":
@@ -83,6 +99,8 @@ def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[
         is_stride = re.fullmatch(r"(query|key|value|output)_(batch|head|row)|\w+_stride", argument)
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument in OWN.get(name, {}):
+            signature[argument] = OWN[name][argument]
         elif argument in NUMBERS or is_stride:
             signature[argument] = "i32"
         elif argument == "scale":

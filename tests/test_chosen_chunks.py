@@ -10,7 +10,7 @@ from tests.attention import all_blocks, chosen_pairs, dense, run, text
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
-from attnplan.kernels.block_pattern import ScoredBlocks
+from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks
 from attnplan.kernels.engines import reference, triton
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
@@ -48,7 +48,8 @@ def chosen(pair: Approximation, inputs: Inputs) -> list[list[list[tuple[int, set
     """For every row of the batch, head and query block: chunks before the floor, and those kept."""
     near, far = pair.near, pair.far
     assert isinstance(near, ScoredBlocks) and far is not None
-    each, scores = far.chunk // BLOCK, near.scores(inputs, all_blocks(inputs))
+    blocks, each = all_blocks(inputs), far.chunk // BLOCK
+    scores = near.worth(inputs, blocks, BlockGrid.of(inputs, blocks))
     answer: list[list[list[tuple[int, set[int]]]]] = []
     for b, start in enumerate(inputs.start):
         answer.append([[] for _ in inputs.head])

@@ -14,6 +14,7 @@ KERNELS = {
         "80:bf16:128:merge:0",
         "80:bf16:64:centroid_t:256",
         "80:bf16:128:multipole:128",
+        "80:bf16:64:choose:64",
     ],
     90: [
         "90:bf16:64:squares:128",
@@ -33,6 +34,9 @@ KERNELS = {
         "90:bf16:64:multipole:128",
         "90:bf16:64:merge:0",
         "90:fp16:256:merge:0",
+        "90:bf16:64:means:16",
+        "90:fp16:128:means:0",
+        "90:bf16:64:choose:2048",
     ],
     100: [
         "100:bf16:128:centroid_t:256",
@@ -58,7 +62,7 @@ def test_compiled_code_uses_the_hardware(reports: dict[str, dict[str, int]], nam
     assert programs * report["warps"] >= 8, "warps hide each other's latency"
     if kernel == "prefix":
         assert report["vector_copies"] > 0, "states are copied ahead, 16 bytes at a time"
-    elif kernel == "merge":
+    elif kernel in ("merge", "means"):
         assert report["wide_loads"] > 0, "rows are read 16 bytes at a time"
-    elif dtype != "fp32":
+    elif dtype != "fp32" and kernel != "choose":
         assert report[PRODUCTS[arch]] > 0

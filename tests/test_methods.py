@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 from tests.attention import all_blocks, error, moments, pair, run, text
 
 from attnplan.kernels import balance, catalog
+from attnplan.kernels.block_pattern import BlockGrid, first_masses, pooled_queries
 from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.far.wildcat import _pivots
 from attnplan.kernels.kernel_slots import gaussian
+from attnplan.kernels.near.antidiagonal import Antidiagonal
+from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.leverage import leverage_scores
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.slot_chunks import ChunkCompressor
@@ -132,10 +137,69 @@ def test_quest_scores_bound_every_key() -> None:
     assert bool((scores >= best.expand_as(scores) - 1e-9).all())
 
 
+@pytest.mark.parametrize("start", [0, 70])
+def test_block_topk_scores_by_the_queries_up_to_the_first_of_a_block(start: int) -> None:
+    inputs = dataclasses.replace(text(64 * 8), start=(start,))
+    sink, method, blocks = start // 64, BlockTopK(2, 1), torch.arange(8)
+    worth = method.worth(inputs, blocks, BlockGrid.of(inputs, blocks))
+    for head, block, other in itertools.product(range(4), range(8), range(8)):
+        if not sink < other < block:
+            continue
+        first = 64 * block
+        query = inputs.query[0, head, max(first - 15, start) : first + 1].mean(0)
+        keys = inputs.key[0, head // 2].unflatten(0, (8, 64)).mean(1)
+        known = [j for j in (other - 1, other) if j > sink]
+        expected = sum(math.exp(inputs.scale * float(query @ keys[j])) for j in known)
+        assert float(worth[0, head, block, other]) == pytest.approx(math.log(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 2, 3), (3, 1)])
+def test_masses_of_blocks_are_those_of_their_keys(heads: tuple[int, ...]) -> None:
+    whole = text(500)
+    masses = first_masses(whole.heads(heads), torch.tensor([7, 2, 4]))
+    for row, head in enumerate(heads):
+        for n, block in enumerate((7, 2, 4)):
+            query, key = whole.query[0, head, 64 * block], whole.key[0, head // 2]
+            weight = (whole.scale * key[: 64 * block] @ query).exp()
+            mass = weight.view(-1, 64).sum(1).log()
+            torch.testing.assert_close(masses[0, row, n, :block], mass, rtol=0, atol=1e-12)
+
+
+def test_masses_of_blocks_do_not_overflow() -> None:
+    inputs = text(320)
+    far = dataclasses.replace(inputs, query=inputs.query.float() * 1e4, key=inputs.key.float())
+    assert bool(first_masses(far, torch.arange(5)).isfinite().all())
+
+
+@pytest.mark.parametrize("padding", [0, 100])
+def test_quest_asks_with_the_mean_of_the_queries_up_to_the_first(padding: int) -> None:
+    inputs = dataclasses.replace(text(320), start=(padding,))
+    pooled = pooled_queries(inputs, torch.arange(2, 5))
+    for n, first in enumerate((128, 192, 256)):
+        asking = inputs.query[0, :, max(first - 15, padding) : first + 1]
+        torch.testing.assert_close(pooled[0, :, n], asking.mean(1), rtol=0, atol=1e-12)
+
+
+def test_antidiagonal_scores_by_antidiagonals_and_the_first_query_of_a_block() -> None:
+    inputs, method = text(64 * 6), Antidiagonal(2, 1, stride=8)
+    scores = method.scores(inputs, torch.arange(6))
+    for head, block in itertools.product(range(4), range(2, 6)):
+        first, key = 64 * block, inputs.key[0, head // 2, 64 : 64 * block]
+        exact = torch.softmax(inputs.scale * key @ inputs.query[0, head, first], 0)
+        asking = inputs.query[0, head, first - 7 : first + 1]
+        groups = [
+            inputs.scale / 8 * sum(asking[7 - n] @ key[8 * g + n] for n in range(8))
+            for g in range(len(key) // 8)
+        ]
+        sums = torch.softmax(torch.stack(groups), 0)
+        expected = exact.view(-1, 64).sum(1) + sums.view(-1, 8).sum(1)
+        torch.testing.assert_close(scores[0, head, block, 1:block], expected, rtol=0, atol=1e-12)
+
+
 def test_antidiagonals_find_a_planted_block() -> None:
     inputs = text(64 * 12)
     key = inputs.key.clone()
-    key[:, :, 64 * 4 : 64 * 5] += 2 * inputs.query[:, ::2].mean(2, keepdim=True)
+    key[:, :, 64 * 4 : 64 * 5] += 4 * inputs.query[:, ::2, 64 * 11 :][:, :, :1]
     inputs = dataclasses.replace(inputs, key=key)
     method = catalog.from_dict({"near": {"name": "antidiagonal", "top": 1}}).near
     assert bool(method.keep(inputs)[:, ::2, 64 * 11 :, 64 * 4 : 64 * 5].all())

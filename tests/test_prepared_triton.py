@@ -15,7 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnplan.kernels import catalog, prepared
 from attnplan.kernels.approximation import Approximation, Inputs
-from attnplan.kernels.block_pattern import BlockGrid, pooled_keys, pooled_queries
+from attnplan.kernels.block_pattern import (
+    ASKING,
+    BlockGrid,
+    followed,
+    pooled_keys,
+    pooled_queries,
+)
 from attnplan.kernels.engines import part_triton, reference, select_triton
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.layer import LayerKernel, can_prepare, rounded
@@ -126,6 +132,22 @@ def test_a_prepared_layer_serves_every_call_of_its_shape() -> None:
     for inputs in (first, second, first):
         wanted = expected(MIXED, inputs)[0]
         torch.testing.assert_close(layer(inputs)[0], wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_a_prepared_layer_reads_no_later_row() -> None:
+    """Within a block of 64 too."""
+    at = 220
+    assignment = (
+        *(Approximation(BlockTopK(1, 1)), Approximation(Quest(1, 1))),
+        *(Approximation(Antidiagonal(1, 1)), Approximation(Window(20, 4))),
+        *(FAR["centroid_t"], FAR["performer"]),
+    )
+    inputs = call(6, 3, 240, 240, (5,))
+    layer = prepared.PreparedLayer(assignment, inputs)
+    before = layer(inputs)[0][:, :, :at].clone()
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        tensor[:, :, at:] = torch.randn(tensor[:, :, at:].shape, device=DEVICE) * 30
+    torch.testing.assert_close(layer(inputs)[0][:, :, :at], before, atol=1e-6, rtol=0)
 
 
 GROWING = (
@@ -339,14 +361,17 @@ def test_block_means_leave_padding_out(start: tuple[int, ...], dtype: torch.dtyp
     heads = select_triton.integers((3, 1), DEVICE)
     blocks = torch.arange(4, device=DEVICE)
     close = {"atol": 1e-5, "rtol": 1e-5}
-    made = select_triton.block_means(query, heads, starts, 0)
-    torch.testing.assert_close(made, pooled_queries(inputs, blocks)[:, [3, 1]], **close)
+    made = select_triton.block_means(query, heads, starts, 0, up_to=ASKING, scale=0.5)
+    torch.testing.assert_close(made, pooled_queries(inputs, blocks)[:, [3, 1]] / 2, **close)
     transposed = key.transpose(1, 2).contiguous().transpose(1, 2)
     made = select_triton.block_means(transposed, heads % 2, starts, 0)
     torch.testing.assert_close(made, pooled_keys(inputs)[:, [1, 1]], **close)
 
 
-def test_equal_scores_go_to_the_earlier_block_and_signs_of_zero_do_not_count() -> None:
+@pytest.mark.parametrize("follows", [False, True])
+def test_equal_scores_go_to_the_earlier_block_and_signs_of_zero_do_not_count(
+    follows: bool,
+) -> None:
     inputs = call(1, 1, 12 * 64, 12 * 64, (0,))
     scores = torch.zeros(1, 1, 12, 12, device=DEVICE)
     scores[..., 5] = -0.0
@@ -365,8 +390,10 @@ def test_equal_scores_go_to_the_earlier_block_and_signs_of_zero_do_not_count() -
         local=ints((2,), DEVICE),
         start=ints((0,), DEVICE),
         offset=0,
+        follows=follows,
     )
     grid = BlockGrid.of(inputs, torch.arange(12, device=DEVICE))
+    scores = followed(scores, grid) if follows else scores
     chosen = best(scores, grid.candidates(2), 4) | grid.always(2)
     chosen &= grid.key_block < grid.first
     wanted = [row.nonzero()[:, 0].tolist() for row in chosen[0, 0]]

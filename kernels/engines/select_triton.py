@@ -15,8 +15,6 @@ from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.tile_list import BLOCK
 
-MEANS = {"num_warps": 4, "enable_fp_fusion": True}
-"""Options of the kernel that takes means."""
 LEAST = tl.constexpr(-(2**31) + 1)
 
 
@@ -25,7 +23,15 @@ def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return numbers_on(numbers, device, torch.int32)
 
 
-def block_means(rows: Tensor, head: Tensor, start: Tensor, offset: int) -> Tensor:
+def block_means(
+    rows: Tensor,
+    head: Tensor,
+    start: Tensor,
+    offset: int,
+    *,
+    up_to: int | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """Mean of every 64 rows, padding left out.
 
     Args:
@@ -33,27 +39,45 @@ def block_means(rows: Tensor, head: Tensor, start: Tensor, offset: int) -> Tenso
         head: int32 [n], heads wanted.
         start: int32 [batch], first key that is no left padding.
         offset: position of the first row among the keys.
+        up_to: instead, the mean of so many rows up to the first of every 64; a power of two.
+        scale: factor of the means.
 
     Returns:
-        float32 [batch, n, blocks, head_dim]; 0 for a block of padding alone.
+        float32 [batch, n, blocks, head_dim]; 0 where all rows are padding.
     """
     batch, _, length, head_dim = rows.shape
     blocks = -(-length // BLOCK)
     out = torch.empty(batch, len(head), blocks, head_dim, dtype=torch.float32, device=rows.device)
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     if out.numel():
-        constants = {
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": triton.next_power_of_2(head_dim),
-            "BLOCK": BLOCK,
-        }
+        constants, options = means_constants(head_dim, up_to)
         strides = rows.stride()[:3]
         known = are_aligned((rows, head, start), strides)
-        key = (head_dim, rows.dtype, rows.device) if known else None
-        arguments = (rows, head, start, out, *strides, length, offset)
+        key = (head_dim, up_to, rows.dtype, rows.device) if known else None
+        arguments = (rows, head, start, out, *strides, length, offset, scale)
         with torch.cuda.device_of(rows):
-            _means((blocks, len(head), batch), arguments, constants, MEANS, key)
+            _means((blocks, len(head), batch), arguments, constants, options, key)
     return out
+
+
+def means_constants(
+    head_dim: int, up_to: int | None
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Constexpr parameters and options of the kernel that takes means; see `block_means`."""
+    constants: dict[str, object] = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK": BLOCK,
+        "FIRST": 0 if up_to is None else 1 - up_to,
+        "COUNT": BLOCK if up_to is None else up_to,
+    }
+    return constants, {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def choose_constants(width: int, follows: bool) -> tuple[dict[str, object], dict[str, object]]:
+    """Constexpr parameters and options of the kernel that chooses among `width` blocks."""
+    constants: dict[str, object] = {"BLOCK": BLOCK, "WIDTH": width, "FOLLOWS": follows}
+    return constants, {"num_warps": max(1, min(8, width // 256)), "enable_fp_fusion": True}
 
 
 def choose_blocks(
@@ -65,6 +89,7 @@ def choose_blocks(
     local: Tensor,
     start: Tensor,
     offset: int,
+    follows: bool = False,
 ) -> None:
     """Write the whole key blocks that every query block reads, ascending.
 
@@ -79,29 +104,30 @@ def choose_blocks(
         top, local: int32 [heads].
         start: int32 [batch], first key that is no left padding.
         offset: position of the first query.
+        follows: blocks are judged as `block_pattern.followed` says.
     """
     batch, heads, blocks, columns = scores.shape
     width = max(16, triton.next_power_of_2(columns))
     if out.numel():
         scores = scores.contiguous()
         tensors = (scores, place, top, local, start, out)
-        key = (width, scores.device) if are_aligned(tensors, ()) else None
-        constants = {"BLOCK": BLOCK, "WIDTH": width}
-        options = {"num_warps": max(1, min(8, width // 256)), "enable_fp_fusion": True}
+        key = (width, follows, scores.device) if are_aligned(tensors, ()) else None
+        constants, options = choose_constants(width, follows)
         with torch.cuda.device_of(scores):
             _choose((blocks, heads, batch), (*tensors, offset, columns), constants, options, key)
 
 
 @triton.jit(do_not_specialize=("length", "offset"))
 def _block_means(
-    rows, head, start, out, batch_stride, head_stride, row_stride, length, offset,
+    rows, head, start, out, batch_stride, head_stride, row_stride, length, offset, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     block, heads, batch = tl.program_id(0), tl.num_programs(1), tl.program_id(2)
     h = tl.load(head + tl.program_id(1)).to(tl.int64)
-    r = block * BLOCK + tl.arange(0, BLOCK)
+    r = block * BLOCK + FIRST + tl.arange(0, COUNT)
     d = tl.arange(0, BLOCK_D)
-    real = (r < length) & (r + offset >= tl.load(start + batch))
+    real = (r >= 0) & (r < length) & (r + offset >= tl.load(start + batch))
     rows += batch.to(tl.int64) * batch_stride + h * head_stride
     x = tl.load(
         rows + r.to(tl.int64)[:, None] * row_stride + d[None, :],
@@ -110,13 +136,14 @@ def _block_means(
     )
     count = tl.maximum(tl.sum(real.to(tl.int32), 0), 1).to(tl.float32)
     place = (batch * heads + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + block
-    tl.store(out + place * HEAD_DIM + d, tl.sum(x.to(tl.float32), 0) / count, mask=d < HEAD_DIM)
+    mean = tl.sum(x.to(tl.float32), 0) / count * scale
+    tl.store(out + place * HEAD_DIM + d, mean, mask=d < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=("offset", "columns"))
 def _choose_blocks(
     scores, place, top, local, start, out, offset, columns,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (batch * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + block
@@ -130,8 +157,14 @@ def _choose_blocks(
     whole = tl.where(padding % BLOCK == 0, sink, -1)
     kept = kept | ((c == whole) & (c < own))
 
+    scores += row * columns
+    score = tl.load(scores + c, mask=candidate & (c < columns), other=0.0)
+    if FOLLOWS:
+        known = candidate & (c < columns) & (c - 1 > sink)
+        score = _log_sum(score, tl.load(scores + c - 1, mask=known, other=float("-inf")))
+
     # the largest threshold that `top` candidates reach, bit by bit
-    key = _ordered(tl.load(scores + row * columns + c, mask=candidate & (c < columns), other=0.0))
+    key = _ordered(score)
     wanted = tl.minimum(tl.load(top + head), tl.sum(candidate.to(tl.int32), 0))
     low, high = LEAST + 0 * own, 0x7FFFFFFF + 0 * own
     for _ in range(32):
@@ -148,6 +181,14 @@ def _choose_blocks(
 
 _means = Launcher(_block_means)
 _choose = Launcher(_choose_blocks)
+
+
+@triton.jit
+def _log_sum(a, b):
+    """log(e^a + e^b), -inf where both are."""
+    most = tl.maximum(a, b)
+    less = tl.where(most == float("-inf"), 0.0, tl.minimum(a, b) - most)
+    return most + tl.log(1.0 + tl.exp(less))
 
 
 @triton.jit

@@ -1,14 +1,18 @@
 """Antidiagonal scoring: blocks are judged by the scores on every `stride`-th antidiagonal.
 
-Keys are summed by residue: with groups of `stride` keys and `stride` queries, the sum of the scores
-on the antidiagonal of a group pair is one product of the concatenated keys with the concatenated
-queries in reverse. Each query group takes the softmax over its group scores, divided by `stride`; a
-block's score is the mass of its groups, summed over the block's query groups.
+The keys of a block make groups of `stride`, and so do the last `stride` queries up to the query
+block's first. The sum of the scores on the antidiagonal of a group pair is one product of the
+concatenated keys with the concatenated queries in reverse. The query group takes the softmax over
+its group scores, divided by `stride`; a block's score is the mass of its groups, and the mass that
+the block's first query gives to it exactly: of the block's own queries only that one is known to
+all its rows.
 
 Source: Xu et al., XAttention: Block Sparse Attention with Antidiagonal Scoring,
-https://arxiv.org/abs/2503.16428, section 3.1. Unlike the paper, which keeps blocks up to a
-cumulated mass, the `top` best are kept: their number is then known beforehand. Only groups before
-the query block compete. Scores are computed in float32; ties go to the earlier block.
+https://arxiv.org/abs/2503.16428, section 3.1. Unlike the paper, which scores with all query groups
+of the block, so that a row depends on later ones, no query after the block's first has a say; and
+unlike the paper, which keeps blocks up to a cumulated mass, the `top` best are kept: their number
+is then known beforehand. Only blocks before the `local` ones, without the sink block, compete.
+Scores are computed in float32; ties go to the earlier block.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Inputs
-from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks
-from attnplan.kernels.indexing import heads_of, numbers_on
+from attnplan.kernels.block_pattern import (
+    BlockGrid,
+    ScoredBlocks,
+    asking_queries,
+    block_masses,
+    first_masses,
+)
 from attnplan.kernels.tile_list import BLOCK
-
-SCORES = 1 << 22
-"""Group scores that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +49,20 @@ class Antidiagonal(ScoredBlocks):
             raise ValueError(f"stride must divide {BLOCK}, got {self.stride}")
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
-        wide = torch.promote_types(inputs.query.dtype, torch.float32)
-        keys, groups = inputs.key.shape[2], BLOCK // self.stride
-        start = numbers_on(inputs.start, blocks.device)
-        real = torch.arange(keys, device=blocks.device) >= start[:, None]
-        key = inputs.key.to(wide) * real[:, None, :, None]
-        key = torch.nn.functional.pad(key, (0, 0, 0, -keys % BLOCK))
-        key = key.unflatten(2, (-1, self.stride)).flatten(3)  # [batch, kv_heads, groups, stride d]
-        query = inputs.rows(blocks).to(wide).unflatten(2, (-1, self.stride)).flip(3).flatten(3)
-        candidates = BlockGrid.of(inputs, blocks).candidates(self.local)[:, 0]
-        out = query.new_zeros(*query.shape[:2], len(blocks), key.shape[2] // groups)
-        at_once = max(1, SCORES // (query.shape[0] * query.shape[1] * groups * key.shape[2]))
-        for first in range(0, len(blocks), at_once):
-            part = slice(first, first + at_once)
-            rows = query[:, :, first * groups : (first + at_once) * groups]
-            logits = rows @ heads_of(key, inputs.kv_head).mT * (inputs.scale / self.stride)
-            allowed = candidates[:, part].repeat_interleave(groups, 1)
-            allowed = allowed.repeat_interleave(groups, 2)[:, None]
-            mass = torch.softmax(logits.masked_fill(~allowed, float("-inf")), -1).nan_to_num()
-            mass = mass.unflatten(3, (-1, groups)).sum(4).unflatten(2, (-1, groups)).sum(3)
-            out[:, :, part] = mass
-        return out
+        asking, _ = asking_queries(inputs, blocks, self.stride)
+        backwards = asking.flip(3).flatten(3) * (inputs.scale / self.stride)
+        key = inputs.key[:, :, : inputs.key.shape[2] // BLOCK * BLOCK].to(asking.dtype)
+        grouped = key.unflatten(2, (-1, self.stride)).flatten(3)  # [batch, kv_heads, groups, dim]
+        sums = block_masses(backwards, grouped, inputs.kv_head, BLOCK // self.stride)
+        exact = first_masses(inputs, blocks)
+        candidates = BlockGrid.of(inputs, blocks).candidates(self.local)
+        sums = torch.nn.functional.pad(sums, (0, exact.shape[3] - sums.shape[3]))
+        return _shares(sums, candidates) + _shares(exact, candidates)
 
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:
-        return float(candidates) * (BLOCK // self.stride) ** 2 * self.stride * shape.head_dim
+        return 2.0 * candidates * BLOCK * shape.head_dim
+
+
+def _shares(masses: Tensor, candidates: Tensor) -> Tensor:
+    """Logarithms of masses of key blocks as shares of all candidates; 0 for other blocks."""
+    return torch.softmax(masses.masked_fill(~candidates, float("-inf")), -1).nan_to_num()

@@ -1,12 +1,17 @@
 """Block top-k: every query block reads the key blocks whose mean key it agrees with most.
 
-Queries and keys are pooled by blocks of 64. A query block keeps the first key block (sinks), its
-own and the `local - 1` blocks before it, and of the rest the `top` blocks J with the largest
-mean(q) . mean(K_J).
+A query block keeps the first key block (sinks), its own and the `local - 1` blocks before it, and
+of the rest the `top` blocks J with the largest
+
+    log(e^a(J) + e^a(J-1))      a(J) = s mean(q) . mean(K_J)
+
+where the mean query is that of the 16 queries up to the block's first, and s the scale. The block
+after one that those queries like is what later queries of the block often read (a copied passage).
 
 Sources: Jiang et al., MInference 1.0, https://arxiv.org/abs/2407.02490, section 3.2 (block-sparse
-heads); Lu et al., MoBA, https://arxiv.org/abs/2502.13189, section 2.2 (its gate, per query). Scores
-are computed in float32; ties go to the earlier block.
+heads); Lu et al., MoBA, https://arxiv.org/abs/2502.13189, section 2.2 (its gate, per query). Unlike
+MInference, which pools all queries of a block, so that a row depends on later ones, no query after
+the block's first has a say. Scores are computed in float32; ties go to the earlier block.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Inputs
-from attnplan.kernels.block_pattern import ScoredBlocks, pooled_keys, pooled_queries
+from attnplan.kernels.block_pattern import ASKING, ScoredBlocks, pooled_keys, pooled_queries
+from attnplan.kernels.tile_list import BLOCK
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class BlockTopK(ScoredBlocks):
 
     name: ClassVar[str] = "block_topk"
     predictor: ClassVar[str] = "top_block_mass_4"
+    follows: ClassVar[bool] = True
 
     settings: ClassVar[tuple[tuple[int, int], ...]] = (
         (2, 2),
@@ -41,7 +48,7 @@ class BlockTopK(ScoredBlocks):
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         keys = pooled_keys(inputs)[:, list(inputs.kv_head)]  # [batch, heads, key blocks, head_dim]
-        return pooled_queries(inputs, blocks) @ keys.mT
+        return pooled_queries(inputs, blocks) * inputs.scale @ keys.mT
 
     @classmethod
     def layer_scores(
@@ -54,7 +61,9 @@ class BlockTopK(ScoredBlocks):
         used, row = _grouped(read)
         integers = partial(engine.integers, device=inputs.query.device)
         start = integers(inputs.start)
-        queries = engine.block_means(inputs.query, integers(heads), start, inputs.offset)
+        queries = engine.block_means(
+            inputs.query, integers(heads), start, inputs.offset, up_to=ASKING, scale=inputs.scale
+        )
         keys = engine.block_means(inputs.key, integers(used), start, 0)
         if row is not None:
             return queries @ keys.index_select(1, integers(row)).mT
@@ -62,7 +71,8 @@ class BlockTopK(ScoredBlocks):
         return scores.view(*queries.shape[:3], -1)
 
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:
-        pooling = (shape.queries + shape.keys / shape.group) * shape.head_dim
+        asking = shape.queries * ASKING / BLOCK
+        pooling = (asking + shape.keys / shape.group) * shape.head_dim
         return float(candidates) * shape.head_dim + pooling
 
 

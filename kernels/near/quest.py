@@ -6,8 +6,9 @@ can score more with a query q than
     score(J) = sum_c max(q_c min_J,c, q_c max_J,c)
 
 Source: Tang et al., Quest: Query-Aware Sparsity, https://arxiv.org/abs/2406.10774, section 3.2.
-Unlike the paper, which selects for one decoded query, q is the mean query of a block of 64; key
-blocks hold 64 keys. Scores are computed in float32; ties go to the earlier block.
+Unlike the paper, which selects for one decoded query, q is the mean of the 16 queries up to the
+first of a block of 64, so that no row depends on a later one; key blocks hold 64 keys. Scores are
+computed in float32; ties go to the earlier block.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Inputs
-from attnplan.kernels.block_pattern import ScoredBlocks, pooled_queries
+from attnplan.kernels.block_pattern import ASKING, ScoredBlocks, pooled_queries
 from attnplan.kernels.indexing import heads_of, numbers_on
 from attnplan.kernels.tile_list import BLOCK
 
@@ -38,7 +39,8 @@ class Quest(ScoredBlocks):
         return query.clamp(min=0) @ high + query.clamp(max=0) @ low
 
     def score_macs(self, shape: AttentionShape, candidates: int) -> float:
-        pooling = (shape.queries + 2 * shape.keys / shape.group) * shape.head_dim
+        asking = shape.queries * ASKING / BLOCK
+        pooling = (asking + 2 * shape.keys / shape.group) * shape.head_dim
         return 2.0 * candidates * shape.head_dim + pooling
 
 
