@@ -75,6 +75,7 @@ def report(arch: int, dtype: str, head_dim: int, kind: str, queries: int) -> dic
         slots="slots" in kind,
         copies=arch >= 90 and dtype != "fp32",
         generation=arch // 10,
+        members="members" in kind,
     )
     target = GPUTarget("cuda", arch, 32)
     made = source(arch, dtype, head_dim, kind, queries)

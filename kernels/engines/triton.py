@@ -145,7 +145,10 @@ def _compiled_for(
 ) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
     has = {"gather": gather, "slots": slots, "copies": copies}
     made = constants(head_dim, value_dim, rows=rows, chosen=chosen, members=members, **has)
-    return made, launch_options(max(head_dim, value_dim), dtype, generation=generation, **has)
+    options = launch_options(
+        max(head_dim, value_dim), dtype, generation=generation, members=members, **has
+    )
+    return made, options
 
 
 def copies_tiles(device: torch.device, *tensors: Tensor) -> bool:
@@ -216,6 +219,7 @@ def launch_options(
     slots: bool,
     copies: bool = False,
     generation: int = 0,
+    members: bool = False,
 ) -> dict[str, int | bool]:
     """Warps of a program, stages of its pipeline and the most registers of a thread.
 
@@ -232,7 +236,8 @@ def launch_options(
         options |= {"num_warps": 8, "num_stages": 2}
     elif copies and head_dim <= 64:
         options |= {"num_warps": 4, "num_stages": 2}
-        if generation == 9:  # without spills; loops over slots and single keys need more
+        # without spills: loops over slots and single keys need more, all where both meet
+        if generation == 9 and not members:
             options |= {"maxnreg": 168 if gather or slots else 96}
     else:  # two programs must fit, which have less shared memory before sm_90
         options |= {"num_warps": 4, "num_stages": 2 if generation == 8 and head_dim > 64 else 3}
