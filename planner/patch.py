@@ -285,15 +285,15 @@ def _attach(model: PreTrainedModel, state: ModelState, names: Sequence[str | Non
             for layer, (module, row) in enumerate(zip(modules, state.keepers, strict=True))
             if sites[layer].sliding_window is None
         }
-        _hook(model, modules[0], layers)
+        _hook(model, modules[0], layers, state)
 
 
 _HOOKS = "_attnplan_hooks"
 _CACHES = ("cache", "past_key_values", "past_key_value")  # renamed in transformers 5.24
 
 
-def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any]) -> None:
-    """Let every cache that the model is about to fill follow the plan.
+def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any], state: ModelState) -> None:
+    """Let every cache that the model is about to fill follow the plan, unless it runs dense.
 
     Forward passes make their cache on the way to the first layer; generation makes it before, and
     tells it whether tokens will be taken back.
@@ -301,7 +301,7 @@ def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any]) -> None:
 
     def before_attention(module: Any, args: Any, options: dict[str, Any]) -> None:
         for name in _CACHES:
-            if options.get(name) is not None:
+            if options.get(name) is not None and not state.is_away(first):
                 convert(options[name], layers)
 
     prepare = model._prepare_cache_for_generation
@@ -309,7 +309,7 @@ def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any]) -> None:
     def prepared(config: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         found = prepare(config, options, *args, **kwargs)
         for name in _CACHES:
-            convert(options.get(name), layers)
+            convert(None if state.is_away(first) else options.get(name), layers)
         if getattr(config, "is_assistant", False):
             for name in _CACHES:
                 if options.get(name) is not None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ from attnplan.attention_sites import attention_sites
 from attnplan.encoder import patch_encoder
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.near.window import Window
 from attnplan.models import identity
 from attnplan.patch import applied, patch, patch_assignment, patched_stats, reset_stats, unpatch
-from attnplan.plan import Plan, PlanError, Target
-from attnplan.runtime import ATTRIBUTE, DENSE_LAYER, ELSEWHERE, MASK, PLANNED
+from attnplan.plan import DecodeSection, Plan, PlanError, Target
+from attnplan.runtime import ATTRIBUTE, CONTINUED, DENSE_LAYER, ELSEWHERE, MASK, PLANNED
 
 NARROW = Approximation(Window(8, 2))
 WIDER = Approximation(Window(16, 2))
@@ -276,6 +278,16 @@ def test_another_dtype_runs_dense_until_it_is_back(model: Any, plan: Plan) -> No
     forced = patch(build(), plan, force=True).to(torch.bfloat16)
     assert told(forced) == [] and ran(forced) == {PLANNED: 1}
     assert torch.equal(logits(unpatch(forced)), dense)
+
+
+def test_another_dtype_keeps_everything_while_decoding(model: Any, plan: Plan) -> None:
+    kept = DecodeSection((1, 256), ((Recent(32, 2),) * 2,) * 2)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    dense = build().to(torch.bfloat16).generate(IDS, **options)
+    patch(model, replace(plan, decode=(kept,))).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="this model is on cpu in bfloat16"):
+        assert torch.equal(model.generate(IDS, **options), dense)
+    assert ran(model) == {ELSEWHERE: 1, CONTINUED: 11}
 
 
 def test_autocast_is_another_dtype(model: Any, plan: Plan) -> None:
