@@ -201,6 +201,11 @@ class BoundedKeeper(Keeper):
         raise NotImplementedError
 
 
+def is_whole(keeper: Keeper) -> bool:
+    """Whether a kv head keeps everything and every token reads all of it."""
+    return keeper.limit is None and not keeper.reads
+
+
 def slack_of(limit: int) -> int:
     """The slack of a keeper with this limit."""
     return max(SLACK, limit // SLACK_SHARE // SLACK * SLACK)

@@ -7,6 +7,7 @@ keeper's slack.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,9 +84,8 @@ class _Group:
         return limit is not None and self.length >= limit + self.keeper.slack
 
     def append(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
-        """Add rows of the whole layer; `padding` is true where a row is none."""
+        """Add rows of the whole layer after `reserve`; `padding` is true where a row is none."""
         new = key.shape[2]
-        self._reserve(key, value, new, padding is not None or self.keeper.merges)
         rows = slice(self.length, self.length + new)
         if key.shape[1] != len(self.kv_heads):
             key, value = key[:, self.heads], value[:, self.heads]
@@ -127,22 +127,29 @@ class _Group:
         if self.bounds is not None:
             self._bound(self.length)
 
-    def _reserve(self, key: Tensor, value: Tensor, new: int, biased: bool) -> None:
-        """Make room for `new` rows, in larger tensors where the present ones are full."""
-        batch, heads = key.shape[0], len(self.kv_heads)
-        if self.length == 0:
-            room = max(capacity(self.keeper, new), new)
-            self.key = key.new_empty(batch, heads, room, key.shape[3])
-            self.value = value.new_empty(batch, heads, room, value.shape[3])
-            self.bias = self.attention = self.bounds = self.first = None
-            if self.keeper.observes:
-                self.attention = key.new_zeros(batch, heads, room, dtype=torch.float32)
-            if self.keeper.reads:
-                self.bounds = key.new_empty(batch, heads, room // PAGE, 2 * key.shape[3])
-        elif self.length + new > self.key.shape[2]:
-            self._resize(max(capacity(self.keeper, self.length + new), self.length + new))
-        if biased and self.bias is None:
-            self.bias = torch.zeros(self.key.shape[:3], dtype=torch.float32, device=key.device)
+    def reserve(self, key: Tensor, value: Tensor, padded: bool) -> None:
+        """Make room for the rows of `key`, in larger tensors where the present ones are full."""
+        batch, heads, needed = key.shape[0], len(self.kv_heads), self.length + key.shape[2]
+        with torch.inference_mode(False):  # what is stored may be written to in other modes
+            if self.length == 0:
+                room = self._room(needed)
+                self.key = key.new_empty(batch, heads, room, key.shape[3])
+                self.value = value.new_empty(batch, heads, room, value.shape[3])
+                self.bias = self.attention = self.bounds = self.first = None
+                if self.keeper.observes:
+                    self.attention = key.new_zeros(batch, heads, room, dtype=torch.float32)
+                if self.keeper.reads:
+                    self.bounds = key.new_empty(batch, heads, room // PAGE, 2 * key.shape[3])
+            elif needed > self.key.shape[2]:
+                self._resize(self._room(needed))
+            if self.bias is None and (padded or self.keeper.merges):
+                size, device = self.key.shape[:3], key.device
+                self.bias = torch.zeros(size, dtype=torch.float32, device=device)
+
+    def _room(self, rows: int) -> int:
+        """Rows to allocate for `rows`: more than the keeper's where condensing has to wait."""
+        room = capacity(self.keeper, rows)
+        return room if room >= rows else -(-rows // QUANTUM) * QUANTUM
 
     def _resize(self, room: int) -> None:
         for name in ("key", "value", "bias", "attention", "bounds"):
@@ -154,16 +161,17 @@ class _Group:
                 new[:, :, used] = old[:, :, used]
                 setattr(self, name, new)
 
-    def seen(self, query: Tensor, group: int, newer: int) -> StoredRows:
+    def seen(self, query: Tensor, group: int, newer: int, chooses: bool) -> StoredRows:
         """The rows that one token reads.
 
         Args:
             query: [batch, heads, 1, head_dim] of the whole layer.
             group: heads per kv head.
             newer: tokens after it.
+            chooses: a keeper that reads a part does so.
         """
         length, pages = self.length - newer, None
-        if self.bounds is not None:
+        if self.bounds is not None and chooses:
             own = query[:, :, 0].unflatten(1, (-1, group))[:, self.heads]
             pages = self.keeper.choose(self.bounds, own, self.scale, length, self.first)
         if pages is not None:
@@ -214,6 +222,7 @@ class _Group:
         decay = 0.5 ** (1 / HALF_LIFE)
         return (1 - decay ** age.clamp(max=observed).float()) / (1 - decay)
 
+    @torch.inference_mode(False)  # what is stored may be written to in other modes
     def condense(self) -> None:
         """Keep `limit` rows."""
         assert self.keeper.limit is not None
@@ -236,6 +245,18 @@ class _Group:
             if tensor is not None:
                 tensor[:, :, : kept.rows] = getattr(kept, name)
 
+    def hiding(self, hidden: Tensor) -> StoredRows:
+        """All rows of a past that is whole, but for those that `hidden` [batch, rows] names."""
+        bias = self.key.new_zeros(self.key.shape[:3], dtype=torch.float32)
+        bias[:, :, : self.length].masked_fill_(hidden[:, None], float("-inf"))
+        return StoredRows(self.kv_heads, self.key, self.value, bias, self.length)
+
+    @torch.inference_mode(False)
+    def select(self, index: Tensor) -> None:
+        """Go on with these rows of the batch."""
+        for name, tensor in self.tensors():
+            setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in ("key", "value", "bias", "attention", "bounds", "first"):
             tensor = getattr(self, name, None)
@@ -250,13 +271,20 @@ class LayerStore:
         keepers: one per kv head.
         scale: factor before the softmax.
         fitted: calibrated data of the layer.
+        begins: tokens of a text before which all is kept and all is read.
     """
 
     def __init__(
-        self, keepers: tuple[Keeper, ...], *, scale: float, fitted: Fitted | None = None
+        self,
+        keepers: tuple[Keeper, ...],
+        *,
+        scale: float,
+        fitted: Fitted | None = None,
+        begins: int = 1,
     ) -> None:
         self.keepers = keepers
         self.scale = scale
+        self.begins = begins
         self.seen = 0
         """Tokens so far; rows may be fewer."""
         self.recording = False
@@ -267,6 +295,8 @@ class LayerStore:
         self._groups = [
             _Group(keeper, tuple(names), scale, fitted or {}) for keeper, names in heads.items()
         ]
+        self._reads = any(group.keeper.reads for group in self._groups)
+        self._observes = any(group.keeper.observes for group in self._groups)
         self._queries: list[Tensor] = []
         self._waiting = 0
 
@@ -296,27 +326,50 @@ class LayerStore:
             value: [batch, kv_heads, tokens, value_dim].
             padding: bool [batch, tokens], true where a token is none; None for no padding.
         """
+        for group in self._groups:  # first, because memory may run out
+            group.reserve(key, value, padding is not None)
         for group in self._groups:
             group.append(key, value, padding)
         self.seen += key.shape[2]
 
-    def attend(self, query: Tensor) -> Tensor:
+    @property
+    def is_whole(self) -> bool:
+        """Nothing has been condensed: there is a row for every token."""
+        return not any(group.settled for group in self._groups)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, [batch, kv_heads, tokens, ...], where `is_whole`."""
+        order = [head for group in self._groups for head in group.kv_heads]
+        index = torch.tensor([order.index(head) for head in range(len(order))])
+        found = [(g.key[:, :, : g.length], g.value[:, :, : g.length]) for g in self._groups]
+        key, value = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        index = index.to(key.device)
+        return key.index_select(1, index), value.index_select(1, index)
+
+    def attend(self, query: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Attention of the newest tokens, which have been appended, over all that is stored.
 
         Args:
             query: [batch, heads, tokens, head_dim].
+            hidden: bool [batch, rows], rows that are not to be read, in place of all that was known
+                as padding; only where `is_whole`.
 
         Returns:
             [batch, heads, tokens, value_dim]. Each token reads what it would read alone, if they
             are few (`SLACK`); many tokens are a prompt, and read everything.
         """
         count = query.shape[2]
-        if count > SLACK or not any(group.keeper.reads for group in self._groups):
+        if hidden is not None:
+            rows = [group.hiding(hidden) for group in self._groups]
+            return decode(query, rows, scale=self.scale)[0]
+        if count > SLACK or self.seen < self.begins or not self._reads:
             return decode(query, self.stored, scale=self.scale)[0]
         size = query.shape[1] // len(self.keepers)
         found = []
         for number, token in enumerate(query.split(1, 2)):
-            seen = [group.seen(token, size, count - 1 - number) for group in self._groups]
+            newer = count - 1 - number
+            chooses = self.seen - newer >= self.begins
+            seen = [group.seen(token, size, newer, chooses) for group in self._groups]
             found.append(decode(token, seen, scale=self.scale)[0])
         return found[0] if count == 1 else torch.cat(found, 2)
 
@@ -326,7 +379,7 @@ class LayerStore:
         Args:
             query: [batch, heads, tokens, head_dim], of the tokens that were appended last.
         """
-        if any(group.keeper.observes for group in self._groups):
+        if self._observes:
             self._queries.append(query[:, :, -OBSERVED:].detach().clone())
         self._waiting += query.shape[2]
         if not self.recording:
@@ -341,8 +394,9 @@ class LayerStore:
                     group.observe(query, query.shape[1] // len(self.keepers))
                 self._queries = []
             self._waiting = 0
-        for group in due:
-            group.condense()
+        if self.seen >= self.begins:
+            for group in due:
+                group.condense()
 
     def crop(self, tokens: int) -> None:
         """Take the last `tokens` tokens back, and condense what was held back for this.
@@ -350,6 +404,16 @@ class LayerStore:
         Raises:
             ValueError: some of them are condensed already.
         """
+        self.check_crop(tokens)
+        self._forget_queries(tokens)
+        for group in self._groups:
+            group.take_back(tokens)
+        self.seen -= tokens
+        self._waiting = max(self._waiting - tokens, 0)
+        self._condense()
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises ValueError where `crop` would."""
         for group in self._groups:
             known = group.length - group.settled
             if tokens > known:
@@ -357,17 +421,13 @@ class LayerStore:
                     f"cannot take back {tokens} tokens: all but the last {known} are condensed "
                     "for good; call activate_past_recording() before generating what may be undone"
                 )
-        left = tokens
+
+    def _forget_queries(self, left: int) -> None:
         while left and self._queries:
             last = self._queries.pop()
             if last.shape[2] > left:
                 self._queries.append(last[:, :, : last.shape[2] - left])
             left -= min(left, last.shape[2])
-        for group in self._groups:
-            group.take_back(tokens)
-        self.seen -= tokens
-        self._waiting = max(self._waiting - tokens, 0)
-        self._condense()
 
     def select(self, index: Tensor) -> None:
         """Go on with these rows of the batch; one may occur often.
@@ -376,6 +436,14 @@ class LayerStore:
             index: int64 [rows].
         """
         for group in self._groups:
-            for name, tensor in group.tensors():
-                setattr(group, name, tensor.index_select(0, index.to(tensor.device)))
-        self._queries = [q.index_select(0, index.to(q.device)) for q in self._queries]
+            group.select(index)
+        with torch.inference_mode(False):
+            self._queries = [q.index_select(0, index.to(q.device)) for q in self._queries]
+
+    def taken(self, index: Tensor) -> LayerStore:
+        """A store of these rows of the batch alone; this one stays as it is."""
+        other = copy.copy(self)
+        other._groups = [copy.copy(group) for group in self._groups]
+        other._queries = list(self._queries)
+        other.select(index)
+        return other

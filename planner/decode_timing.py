@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnplan import runtime
-from attnplan.cache import LAYER, convert, stored_bytes
+from attnplan.cache import convert, stored_bytes
 from attnplan.continuation import decode_ms
 from attnplan.evaluate import original
 from attnplan.kernels import keepers
@@ -37,6 +38,7 @@ from attnplan.profiles import records
 from attnplan.profiles.capture import LayerCapture, capture
 from attnplan.profiles.database import Store
 from attnplan.profiling import Advance, Workload, model_record, silent
+from attnplan.running import RUNNING, Running
 from attnplan.search.latency import LatencyFit, fit_latency
 from attnplan.timing import counted, this_device
 
@@ -306,18 +308,27 @@ class _Side:
         self.cache: Any = DynamicCache()
         self.attention: Callable[..., Any] = sdpa_attention_forward
         group = layers[0].query.shape[1] // layers[0].key.shape[1]
-        self.module: Any = SimpleNamespace(is_causal=True, num_key_value_groups=group)
+        self.modules: list[Any] = [
+            SimpleNamespace(is_causal=True, num_key_value_groups=group, layer_idx=i)
+            for i in range(len(layers))
+        ]
+        self.running: Running | None = None
         if row:
             kept = {i: (row, fitted.get(layer.layer, {})) for i, layer in enumerate(layers)}
             convert(self.cache, kept)
         if row is not None:
-            state = runtime.ModelState.of([], {}, 1, keepers=(row,) if row else ())
-            setattr(self.module, runtime.ATTRIBUTE, runtime.LayerState(state, 0))
+            rows = (row,) * len(layers) if row else ()
+            state = runtime.ModelState.of([], {}, len(layers), rows)
+            for i, module in enumerate(self.modules):
+                setattr(module, runtime.ATTRIBUTE, runtime.LayerState(state, i))
             self.attention = runtime.attention
+            self.running = Running(state, weakref.ref(self.cache))
+        token = RUNNING.set(self.running)
         for i, layer in enumerate(layers):
-            key, _ = self.cache.update(layer.key, layer.value, i)
+            self.cache.update(layer.key, layer.value, i)
             if row:
-                getattr(key, LAYER).settle(layer.query, layer.scale, None)
+                self.cache.layers[i].settle(layer.query, layer.scale, None)
+        RUNNING.reset(token)
 
     def step(self, number: int) -> Callable[[], None]:
         """The calls for one token more."""
@@ -330,9 +341,11 @@ class _Side:
 
         @torch.no_grad()
         def run() -> None:
+            token = RUNNING.set(self.running)
             for i, (query, key, value) in enumerate(tokens):
                 keys, values = self.cache.update(key, value, i)
                 scale = self.layers[i].scale
-                self.attention(self.module, query, keys, values, None, scaling=scale)
+                self.attention(self.modules[i], query, keys, values, None, scaling=scale)
+            RUNNING.reset(token)
 
         return run

@@ -78,6 +78,11 @@ def chosen(configurations: Iterable[OwnConfiguration]) -> list[str | None]:
     return [vars(one.own)[_IMPLEMENTATION] for one in configurations]
 
 
+def shared_choice(configurations: Iterable[OwnConfiguration]) -> list[str | None]:
+    """The implementations that the model has without the patch."""
+    return [vars(one.shared)[_IMPLEMENTATION] for one in configurations]
+
+
 def choose(
     configurations: Iterable[OwnConfiguration], implementations: Iterable[str | None]
 ) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,14 +26,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attnplan import proof
 from attnplan.adapters import is_adapted, model_inside
 from attnplan.adoption import planned_afterwards
 from attnplan.attention_sites import attention_sites
-from attnplan.cache import convert
+from attnplan.following import Following, follow, unfollow
 from attnplan.kernels.approximation import Approximation
-from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.keeper import Keeper, is_whole
 from attnplan.models import identity, load_weights
-from attnplan.own_configurations import GivenName, choose, chosen, join, separate
+from attnplan.own_configurations import (
+    GivenName,
+    choose,
+    chosen,
+    join,
+    separate,
+    shared_choice,
+)
 from attnplan.plan import Fitted, Plan, PlanError
 from attnplan.runtime import (
     ADAPTED,
@@ -120,7 +129,8 @@ def patch(model: Model, plan: Plan | str | Path, *, force: bool = False) -> Mode
         raise PlanError(f"the plan is for {plan.model.name}, not for {found.name}: {difference}")
     plan.check_fitted()
     sections = [(section.context, section.layers) for section in plan.prefill]
-    state = ModelState.of(sections, plan.fitted, found.layers, plan.keepers)
+    kept_context = plan.decode[0].context if plan.decode else (1, None)
+    state = ModelState.of(sections, plan.fitted, found.layers, plan.keepers, kept_context)
     state.plan = plan
     here = (inner.device.type, str(inner.dtype).removeprefix("torch."))
     target = (plan.target.kind, plan.target.dtype)
@@ -175,12 +185,18 @@ def unpatch(model: Model) -> Model:
     """Leave the model exactly as it was before it was patched; no effect on an unpatched one."""
     state = _state(model)
     if state is not None:
-        join(model, state.configurations)
-        for module in model.modules():
-            module.__dict__.pop(ATTRIBUTE, None)
-            if isinstance(module, PreTrainedModel):
-                _unhook(module)
+        _detach(model, state)
     return model
+
+
+def _detach(model: nn.Module, state: ModelState) -> None:
+    """Take everything away that a state changed in a model."""
+    join(model, state.configurations)
+    for module in model.modules():
+        module.__dict__.pop(ATTRIBUTE, None)
+        if isinstance(module, PreTrainedModel):
+            module.__dict__.pop("save_pretrained", None)
+    unfollow(model)
 
 
 @contextmanager
@@ -229,30 +245,86 @@ def _state(model: nn.Module) -> ModelState | None:
 
 
 def _apply(model: PreTrainedModel, state: ModelState) -> None:
-    """Check, then change, then prove by a forward pass that the change took."""
+    """Check, prove by a few tokens that the model can run the plan, and only then change it."""
     _check_sizes(model, state)
     _check_keepers(model, state.keepers)
     sites = attention_sites(model)
     windows = {layer: site.sliding_window for layer, site in enumerate(sites)}
     check_sliding(state.contexts, state.kernels, windows)
     before = _state(model)
-    if before is None:
-        names: list[str | None] = []
-        state.configurations = separate(model, [site.name for site in sites], NAME)
-    else:
-        names = chosen(before.configurations)
+    names = [] if before is None else chosen(before.configurations)
+    to_prove = _to_prove(state)
+    if before is not None:
         state.configurations = before.configurations
-    is_proved = before is not None and all(isinstance(name, GivenName) for name in names)
-    try:
-        _attach(model, state, [GivenName(NAME)] * len(state.configurations))
-        if not is_proved:
-            _dry_run(model, state)
-    except BaseException:
-        if before is None:
-            unpatch(model)
-        else:
-            _attach(model, before, names)
-        raise
+        if to_prove <= before.proved and all(isinstance(name, GivenName) for name in names):
+            state.proved = before.proved
+            _attach(model, state, names)
+            return
+    with proof.quietly(model):
+        try:
+            records = _records(model, state, before)
+            if before is None:
+                state.configurations = separate(model, [site.name for site in sites], NAME)
+            _prove(model, state, records)
+            _attach(model, state, [GivenName(NAME)] * len(state.configurations))
+        except BaseException:
+            if before is not None:
+                _attach(model, before, names)
+            elif state.configurations:
+                _detach(model, state)
+            raise
+    state.proved = to_prove | (frozenset() if before is None else before.proved)
+
+
+def _to_prove(state: ModelState) -> frozenset[object]:
+    """What has to be shown of a model before it runs a plan: its planned layers, its caches."""
+    return frozenset({"reached", *_planned(state), *(["decode"] if state.keepers else [])})
+
+
+def _planned(state: ModelState) -> set[int]:
+    """The layers with heads that do not run dense at some length."""
+    layers = range(len(state.counts))
+    return {n for n in layers if not all(kernels[n].is_dense for kernels in state.kernels)}
+
+
+def _records(
+    model: PreTrainedModel, state: ModelState, before: ModelState | None
+) -> list[proof.Record]:
+    """What the model does as it was before it was patched.
+
+    Raises:
+        PlanError: its caches cannot store less, and the plan does.
+    """
+    sites = attention_sites(model)
+    if before is not None:
+        unfollow(model)
+        choose(before.configurations, shared_choice(before.configurations))
+    records = proof.reference(model, sites)
+    if state.keepers:
+        proof.check_cache(model, sites, state.keepers, records[0].cache)
+    return records
+
+
+def _prove(model: PreTrainedModel, state: ModelState, records: Sequence[proof.Record]) -> None:
+    """Run the model under stand-ins for its plan, which must reach and change nothing.
+
+    Raises:
+        PlanError: a layer is not reached, or gives something else.
+    """
+    sites = attention_sites(model)
+    planned = _planned(state)
+    near = [n in planned and (site.sliding_window or 99) > 9 for n, site in enumerate(sites)]
+    keepers = proof.keep_everything(state.keepers)
+    trial = ModelState(((1, None),), (proof.stand_ins(near),), keepers)
+    trial.configurations = state.configurations
+    trial.counts = [Counter[str]() for _ in sites]
+    _attach(model, trial, [GivenName(NAME)] * len(state.configurations))
+    proof.check(model, sites, records, keeps=bool(keepers))
+    for layer, called in enumerate(trial.counts):
+        if not called:
+            raise PlanError(
+                f"layer {layer} of {type(model).__name__} did not call its planned attention"
+            )
 
 
 def _check_sizes(model: PreTrainedModel, state: ModelState) -> None:
@@ -276,57 +348,16 @@ def _attach(model: PreTrainedModel, state: ModelState, names: Sequence[str | Non
     for layer, site in enumerate(sites):
         block = None if state.plan is None else model.get_submodule(site.name.rpartition(".")[0])
         setattr(model.get_submodule(site.name), ATTRIBUTE, LayerState(state, layer, block))
-    _unhook(model)
+    unfollow(model)
     model.__dict__["save_pretrained"] = partial(save_pretrained, model, state.plan)
     if state.keepers:
-        modules = [model.get_submodule(site.name) for site in sites]
+        modules: list[Any] = [model.get_submodule(site.name) for site in sites]
         layers = {
             int(module.layer_idx): (row, state.fitted.get(layer, {}))
             for layer, (module, row) in enumerate(zip(modules, state.keepers, strict=True))
             if sites[layer].sliding_window is None
         }
-        _hook(model, modules[0], layers, state)
-
-
-_HOOKS = "_attnplan_hooks"
-_CACHES = ("cache", "past_key_values", "past_key_value")  # renamed in transformers 5.24
-
-
-def _hook(model: PreTrainedModel, first: Any, layers: dict[int, Any], state: ModelState) -> None:
-    """Let every cache that the model is about to fill follow the plan, unless it runs dense.
-
-    Forward passes make their cache on the way to the first layer; generation makes it before, and
-    tells it whether tokens will be taken back.
-    """
-
-    def before_attention(module: Any, args: Any, options: dict[str, Any]) -> None:
-        for name in _CACHES:
-            if options.get(name) is not None and not state.is_away(first):
-                convert(options[name], layers)
-
-    prepare = model._prepare_cache_for_generation
-
-    def prepared(config: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        found = prepare(config, options, *args, **kwargs)
-        for name in _CACHES:
-            convert(None if state.is_away(first) else options.get(name), layers)
-        if getattr(config, "is_assistant", False):
-            for name in _CACHES:
-                if options.get(name) is not None:
-                    options[name].activate_past_recording()
-        return found
-
-    handle = first.register_forward_pre_hook(before_attention, with_kwargs=True)
-    model.__dict__["_prepare_cache_for_generation"] = prepared
-    model.__dict__[_HOOKS] = handle
-
-
-def _unhook(model: PreTrainedModel) -> None:
-    model.__dict__.pop("save_pretrained", None)
-    handle = model.__dict__.pop(_HOOKS, None)
-    if handle is not None:
-        handle.remove()
-        model.__dict__.pop("_prepare_cache_for_generation", None)
+        follow(model, Following(state, layers), [site.name for site in sites])
 
 
 def _check_keepers(model: PreTrainedModel, keepers: tuple[tuple[Keeper, ...], ...]) -> None:
@@ -343,26 +374,13 @@ def _check_keepers(model: PreTrainedModel, keepers: tuple[tuple[Keeper, ...], ..
             raise PlanError(
                 f"layer {layer}: decode has {len(row)} kv heads, the model has {site.kv_heads}"
             )
-        if site.sliding_window is not None and any(keeper.limit is not None for keeper in row):
+        if site.sliding_window is not None and not all(map(is_whole, row)):
             raise PlanError(
                 f"layer {layer} has a sliding window of {site.sliding_window} keys in the model "
                 "itself; a plan must keep it full"
             )
         if not isinstance(getattr(model.get_submodule(site.name), "layer_idx", None), int):
             raise PlanError(f"{site.name} does not say which layer of a cache is its own")
-
-
-def _dry_run(model: PreTrainedModel, state: ModelState) -> None:
-    """A forward pass over one token, which is dense everywhere, must reach every layer."""
-    device = model.get_input_embeddings().weight.device
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    for layer, counts in enumerate(state.counts):
-        if not counts:
-            raise PlanError(
-                f"layer {layer} of {type(model).__name__} did not call its planned attention"
-            )
-        counts.clear()
 
 
 class _CallableModule(ModuleType):

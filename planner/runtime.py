@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +28,16 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from attnplan.cache import LAYER, PlanLayer
+from attnplan.cache import PlanLayer
+from attnplan.kernels import visible
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.ragged_store import Context, Standing
+from attnplan.kernels.visible import Visible
 from attnplan.own_configurations import OwnConfiguration, is_given
 from attnplan.plan import Assignment, Fitted, Plan, PlanError
 from attnplan.profiles.capture import UNPLANNABLE
+from attnplan.running import RUNNING
 from attnplan.weight_marks import Place, WeightMark, place_of
 
 NAME = "attnplan"
@@ -46,7 +50,7 @@ KEPT = "decodes what the plan keeps"
 SHORT = "shorter than the plan"
 LONG = "longer than the plan"
 BETWEEN = "between the plan's contexts"
-PADDING = "padding that is not on the left"
+PADDING = "padding inside the text"
 MASK = "mask that is more than causal and padding"
 ELSEWHERE = "measured on another device or in another dtype"
 CHANGED = "other weights than the plan was made for"
@@ -61,6 +65,7 @@ class ModelState:
         contexts: first and last length of each section, ascending; None for no upper limit.
         kernels: for each section, the kernel of each layer.
         keepers: for each layer, what each kv head keeps while decoding; empty to keep everything.
+        kept_context: first and last length of the texts that the keepers are for.
         fitted: layer to what its methods were fitted with.
         elsewhere: the model is not where the plan was measured, and runs dense.
         home: where attention computes when the model is where the plan was measured; None for
@@ -69,11 +74,13 @@ class ModelState:
         configurations: what the model has for itself while it is patched.
         counts: for each layer, how many calls ran the plan, or dense for which reason.
         warned: reasons that were already told.
+        proved: what was shown of the model before it ran this plan.
     """
 
     contexts: tuple[tuple[int, int | None], ...]
     kernels: tuple[tuple[LayerKernel, ...], ...]
     keepers: tuple[tuple[Keeper, ...], ...] = ()
+    kept_context: Context = (1, None)
     fitted: Fitted = field(default_factory=dict)
     elsewhere: bool = False
     home: Place | None = None
@@ -81,6 +88,7 @@ class ModelState:
     configurations: tuple[OwnConfiguration, ...] = ()
     counts: list[Counter[str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
+    proved: frozenset[object] = frozenset()
 
     @classmethod
     def of(
@@ -89,6 +97,7 @@ class ModelState:
         fitted: Fitted,
         layers: int,
         keepers: tuple[tuple[Keeper, ...], ...] = (),
+        kept_context: Context = (1, None),
     ) -> ModelState:
         """The state for some contexts with their assignments."""
         kernels = tuple(
@@ -97,7 +106,7 @@ class ModelState:
         )
         counts = [Counter[str]() for _ in range(layers)]
         contexts = tuple(c for c, _ in sections)
-        return cls(contexts, kernels, keepers, fitted, counts=counts)
+        return cls(contexts, kernels, keepers, kept_context, fitted, counts=counts)
 
     def kernel(self, layer: int, length: int) -> tuple[LayerKernel | None, str]:
         """The kernel for a fresh prefill of `length` tokens, and the reason when there is none."""
@@ -130,10 +139,14 @@ class ModelState:
         return True
 
     def warn(self, reason: str, message: str, then: str = "dense attention runs instead") -> None:
+        """Say once per patched model why something else runs."""
+        self.say(reason, f"{message}; {then}")
+
+    def say(self, topic: str, message: str) -> None:
         """Say it once per patched model."""
-        if reason not in self.warned:
-            self.warned.add(reason)
-            warnings.warn(f"attnplan: {message}; {then}", stacklevel=3)
+        if topic not in self.warned:
+            self.warned.add(topic)
+            warnings.warn(f"attnplan: {message}", stacklevel=4)
 
 
 @dataclass
@@ -234,8 +247,9 @@ def attention(
         [batch, queries, heads, value_dim], and no weights.
 
     Raises:
-        ValueError: attention weights or gradients were asked of approximate attention, or the model
-            is being exported.
+        ValueError: attention weights or gradients were asked of approximate attention, the model is
+            being exported, or the mask or the keys are not what a plan that stores less can follow;
+            nothing is stored then.
     """
     state: LayerState | None = getattr(module, ATTRIBUTE, None) or _adopted(module)
     if state is None:
@@ -245,71 +259,225 @@ def attention(
     refuse_tracing()
     if query.shape[2] > 1 and not query.requires_grad:
         state.look_at_weights()
+    if options.get("output_attentions"):
+        raise ValueError(
+            "output_attentions needs attention weights, which planned attention never forms; "
+            "use attnplan.unpatch(model) and the eager implementation"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer, seen = None, None
+    if state.model.keepers:
+        layer = _stored_layer(state, module, key)
+    if layer is not None:
+        seen = _followed(state, layer, attention_mask)
+        if not layer.is_fresh:
+            _check_inference(query, dropout)
+            return _continued(state, layer, query, scale, seen), None
     state = state.look(module, query, value)
-    if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+    if layer is None and attention_mask is None and 1 < query.shape[2] < key.shape[2]:
         # A fresh prefill into a static cache, whose keys after the queries are empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    kernel = None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: PlanLayer | None = getattr(key, LAYER, None)
-    if layer is not None and not layer.is_fresh:
-        if state is not None:
-            state.model.counts[state.layer][KEPT] += 1
-        output = layer.attend(query, scale, _new_padding(attention_mask, query.shape[2]))
-        return output.transpose(1, 2).contiguous(), None
-    if state is not None:
-        if options.get("output_attentions"):
-            raise ValueError(
-                "output_attentions needs attention weights, which planned attention never forms; "
-                "use attnplan.unpatch(model) and the eager implementation"
-            )
-        kernel, start = _choose(state, query, key, attention_mask)
-    padding = None if layer is None else _new_padding(attention_mask, query.shape[2])
-    if kernel is None:
+    parts = _choose(state, query, key, attention_mask)
+    if parts is None:
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = _square(attention_mask, query.shape[2])
-        dense: tuple[Tensor, None] = sdpa_attention_forward(
+        output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
-        if layer is not None:
-            layer.settle(query, scale, padding)
-        return dense
+    else:
+        _check_inference(query, dropout)
+
+        def dense(*tensors: Tensor) -> Tensor:
+            made, _ = sdpa_attention_forward(module, *tensors, None, scaling=scaling, **options)
+            return made.transpose(1, 2)
+
+        output = _by_rows(parts, (query, key, value), scale, dense)
+        output = output.transpose(1, 2).contiguous()
+    if layer is not None:
+        layer.settle(query, scale, seen)
+        _standings(state, layer)
+    return output, None
+
+
+def _check_inference(query: Tensor, dropout: float) -> None:
+    """Raises ValueError where gradients or dropout are asked of attention that has none."""
     if dropout > 0 or (torch.is_grad_enabled() and query.requires_grad):
         raise ValueError(
             "planned attention is for inference: use model.eval() and torch.no_grad(), or "
             "attnplan.unpatch(model) before training"
         )
-    output = kernel(query, key, value, scale=scale, start=start)
-    if layer is not None:
-        layer.settle(query, scale, padding)
-    return output.transpose(1, 2).contiguous(), None
+
+
+def _stored_layer(state: LayerState, module: nn.Module, key: Tensor) -> PlanLayer | None:
+    """The cache layer that follows the plan here; None where nothing is cached or it is kept whole.
+
+    Raises:
+        ValueError: attention reads other keys than that layer was given.
+    """
+    running = RUNNING.get()
+    if running is None or running.plan is not state.model:
+        return None
+    layer = running.layer(int(module.layer_idx))  # type: ignore[arg-type]
+    if type(layer) is not PlanLayer:
+        return None
+    given = None if layer.pending is None else layer.pending[0]
+    if given is not key:
+        layer.pending = None
+        what = "none" if given is None else f"keys {list(given.shape)}"
+        raise ValueError(
+            f"layer {state.layer} gives its cache {what} and attention keys {list(key.shape)}, "
+            "so what attention reads cannot be stored by a plan; plan no decode for this model"
+        )
+    return layer
+
+
+def _followed(state: LayerState, layer: PlanLayer, mask: Tensor | None) -> Visible | None:
+    """What the mask hides, after a look at what all layers have stored under earlier masks.
+
+    Raises:
+        ValueError: a mask that what is stored cannot follow; no layer has taken tokens yet.
+    """
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            "this plan stores less than the whole KV cache and needs a causal mask with padding at "
+            f"most, got one of shape {list(mask.shape)}; use attnplan.unpatch(model)"
+        )
+    seen = None if mask is None else _visible(mask)
+    running = RUNNING.get()
+    if running is not None and not running.is_checked:
+        for other in running.layers:
+            store = other.store if type(other) is PlanLayer else None
+            refusal = None if store is None else store.refusal(seen)
+            if refusal is not None:
+                raise ValueError(
+                    f"layer {other.index}: the attention mask {refusal}; give it as it was, start "
+                    "with a new cache, or use attnplan.unpatch(model)"
+                )
+        running.is_checked = True
+    return seen
+
+
+def _continued(
+    state: LayerState, layer: PlanLayer, query: Tensor, scale: float, seen: Visible | None
+) -> Tensor:
+    """Attention of tokens that continue a text, over what the plan keeps of it; counted."""
+    output = layer.attend(query, scale, seen)
+    for reason in _standings(state, layer):
+        state.model.counts[state.layer][reason] += 1
+    return output.transpose(1, 2).contiguous()
+
+
+_KEPT = {
+    Standing.WITHIN: KEPT,
+    Standing.OUTGROWN: KEPT,
+    Standing.SHORT: SHORT,
+    Standing.LONG: LONG,
+}
+
+
+def _standings(state: LayerState, layer: PlanLayer) -> set[str]:
+    """What is counted for a call that decodes; says what is not within the plan's context."""
+    store = layer.store
+    assert store is not None
+    found = store.standings
+    last = store.context[1]
+    if Standing.LONG in found:
+        state.model.say(
+            "kept long",
+            f"a text of more than {last} tokens, but what this plan keeps was verified up to there;"
+            " all of it is kept",
+        )
+    if Standing.OUTGROWN in found:
+        state.model.say(
+            "outgrown",
+            f"a text has grown to {store.seen} tokens, but what this plan keeps was verified up to "
+            f"{last}; it goes on as before, because what is condensed cannot come back",
+        )
+    return {_KEPT[standing] for standing in found}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a batch with text in the same places.
+
+    Attributes:
+        rows: None for all.
+        first, last: where it begins and ends.
+        kernel: None for dense attention.
+    """
+
+    rows: tuple[int, ...] | None
+    first: int
+    last: int
+    kernel: LayerKernel | None
 
 
 def _choose(
     state: LayerState, query: Tensor, key: Tensor, attention_mask: Tensor | None
-) -> tuple[LayerKernel | None, tuple[int, ...] | None]:
-    """The kernel for this call and the first valid key per row, or None for dense; counted."""
-    model = state.model
-    kernel: LayerKernel | None = None
-    start: tuple[int, ...] | None = None
-    if query.shape[2] < key.shape[2]:
-        reason = CONTINUED
-    else:
-        kernel, reason = model.kernel(state.layer, key.shape[2])
-    if reason == LONG:
-        longest = model.contexts[-1][1]
-        model.warn(LONG, f"{key.shape[2]} tokens, but the plan was verified up to {longest}")
-    if kernel is not None and attention_mask is not None:
-        if attention_mask.ndim != 2:
-            kernel, reason = None, MASK
+) -> list[_Part] | None:
+    """Who runs which rows of this call, or None for dense attention of all; counted."""
+    model, keys = state.model, key.shape[2]
+    if query.shape[2] < keys:
+        parts, reasons = None, {CONTINUED}
+    elif attention_mask is not None and attention_mask.ndim != 2:
+        kernel, reason = model.kernel(state.layer, keys)
+        if kernel is not None:
+            reason = MASK
             model.warn(MASK, "the attention mask is more than causal and padding")
+        parts, reasons = None, {reason}
+    else:
+        seen = None if attention_mask is None else _visible(attention_mask)
+        parts, reasons = _split(state, key.shape[0], keys, seen)
+    if LONG in reasons:
+        longest = model.contexts[-1][1]
+        model.warn(LONG, f"{keys} tokens, but the plan was verified up to {longest}")
+    for reason in reasons:
+        model.counts[state.layer][reason] += 1
+    return parts
+
+
+def _split(
+    state: LayerState, batch: int, keys: int, seen: Visible | None
+) -> tuple[list[_Part] | None, set[str]]:
+    """Parts by where texts begin and end, each with the kernel for its own length; the reasons."""
+    model = state.model
+    if seen is None:
+        kernel, reason = model.kernel(state.layer, keys)
+        return (None if kernel is None else [_Part(None, 0, keys, kernel)]), {reason}
+    parts, reasons = [], set()
+    for pattern, rows in visible.alike(seen.patterns, range(batch)).items():
+        places = list(visible.spans(pattern))
+        kernel, reason = model.kernel(state.layer, visible.count(pattern))
+        if len(places) > 1 and kernel is not None:
+            model.warn(PADDING, "there is padding inside a text")
+            return None, {PADDING}
+        reasons.add(reason)
+        for first, last in places:
+            parts.append(_Part(tuple(rows), first, last, kernel))
+    return (parts if any(part.kernel for part in parts) else None), reasons
+
+
+def _by_rows(
+    parts: list[_Part],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    dense: Callable[..., Tensor],
+) -> Tensor:
+    """Attention of each part alone, [batch, heads, queries, value_dim]; zero for padding."""
+    query, _, value = tensors
+    first = parts[0]
+    if first.rows is None and first.kernel is not None:
+        return first.kernel(*tensors, scale=scale)
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
+    for part in parts:
+        rows = torch.tensor(part.rows, device=query.device)
+        query, key, value = (t[rows, :, part.first : part.last] for t in tensors)
+        if part.kernel is None:
+            made = dense(query, key, value)
         else:
-            start = _left_padding(attention_mask)
-            if start is None:
-                kernel, reason = None, PADDING
-                model.warn(PADDING, "the padding is not on the left")
-    model.counts[state.layer][reason] += 1
-    return kernel, start
+            made = part.kernel(query, key, value, scale=scale)
+        output[rows, :, part.first : part.last] = made
+    return output
 
 
 @torch.compiler.disable(reason=REFUSED_TRACING)  # type: ignore[untyped-decorator]
@@ -370,34 +538,13 @@ def mask(
     return padding
 
 
-def _left_padding(padding: Tensor) -> tuple[int, ...] | None:
-    """The first valid key of each row, None where padding is anywhere but on the left."""
-    known: dict[str, Any] = padding.__dict__
-    if "start" not in known:
-        keys = padding.shape[1]
-        start = keys - padding.sum(1)
-        left = torch.arange(keys, device=padding.device) >= start[:, None]
-        fits = bool((left == padding).all() & (start < keys).all())
-        known["start"] = tuple(start.tolist()) if fits else None
-    found: tuple[int, ...] | None = known["start"]
+def _visible(mask: Tensor) -> Visible | None:
+    """What a 2-D mask hides; read once per forward pass."""
+    known: dict[str, Any] = mask.__dict__
+    if "visible" not in known:
+        known["visible"] = visible.read(mask)
+    found: Visible | None = known["visible"]
     return found
-
-
-def _new_padding(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which of the newest tokens are padding, bool [batch, tokens]; None where none is.
-
-    Raises:
-        ValueError: a mask that is more than causal and padding, which what is kept cannot follow.
-    """
-    if mask is None:
-        return None
-    if mask.ndim != 2:
-        raise ValueError(
-            "this plan stores less than the whole KV cache and needs a causal mask with padding at "
-            f"most, got one of shape {list(mask.shape)}; use attnplan.unpatch(model)"
-        )
-    padding = ~mask[:, mask.shape[1] - tokens :].bool()
-    return padding if bool(padding.any()) else None
 
 
 def _square(padding: Tensor, queries: int) -> Tensor:

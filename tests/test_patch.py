@@ -279,12 +279,27 @@ def test_outside_its_contexts_a_plan_is_dense_to_the_bit(model: PreTrainedModel)
     assert ran(model, LONG) == [2, 2]
 
 
-def test_right_padding_is_dense_and_told_once(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_row_runs_by_its_own_length(model: PreTrainedModel, side: str) -> None:
+    """A row that is too short for the plan runs dense beside one that is not."""
+    ids, mask = text(60), torch.ones(2, 60, dtype=torch.long)
+    mask[0, slice(12, 60) if side == "right" else slice(0, 48)] = 0
+    short, long = ids[:1][mask[:1].bool()][None], ids[1:]
+    patch(model, plan_for(model, NARROW))
+    expected = logits(model, short), logits(model, long)
+    reset_stats(model)
+    found = logits(model, ids, attention_mask=mask)
+    assert close(found[:1][mask[:1].bool()], expected[0][0])
+    assert close(found[1:], expected[1])
+    assert ran(model, PLANNED) == ran(model, SHORT) == [1, 1]
+
+
+def test_padding_inside_a_text_is_dense_and_told_once(model: PreTrainedModel) -> None:
     ids, mask = text(40), torch.ones(2, 40, dtype=torch.long)
-    mask[0, 30:] = 0
+    mask[0, 20:30] = 0
     before = logits(model, ids, attention_mask=mask)
     patch(model, plan_for(model, NARROW))
-    with pytest.warns(UserWarning, match="padding is not on the left"):
+    with pytest.warns(UserWarning, match="padding inside a text"):
         assert torch.equal(logits(model, ids, attention_mask=mask), before)
     assert ran(model, PADDING) == [1, 1]
 
