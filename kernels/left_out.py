@@ -12,6 +12,7 @@ https://arxiv.org/abs/2110.15343, section 4.1; the exact shares are ours.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from attnplan.kernels import tile_list
 from attnplan.kernels.approximation import Slots
+from attnplan.kernels.engines import build
 from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TAKEN, TileList
 from attnplan.kernels.token_selection import pack_tokens
 
@@ -33,35 +35,49 @@ def without(slots: Slots, words: Tensor, tokens: Tensor) -> TileList:
         words: int64 [batch, heads, blocks, slot tiles], which slots a query block reads.
         tokens: int32 [batch, heads, 64 * blocks, most], -1 for none, distinct in a row.
     """
-    keys = _of_heads(slots.member, slots).shape[2]
-    read, alone = [], []
-    heads = tokens.shape[1]
-    step = max(1, NUMBERS // max(1, tokens.shape[0] * tokens.shape[2] * slots.key.shape[2]))
-    for first in range(0, heads, step):
-        some = slice(first, first + step)
-        found = _split(slots, words[:, some], tokens[:, some], some)
-        read.append(found[0])
-        alone.append(found[1])
-    is_alone = torch.cat(alone, 1)
-    parts = [row_tiles(torch.cat(read, 1))]
-    parts.append(pack_tokens(torch.where(is_alone, tokens, -1), keys))
-    if not bool(is_alone.all()):
-        taken = pack_tokens(torch.where(is_alone, -1, tokens), keys)
-        kind = torch.full_like(taken.tiles[:, :1], TAKEN)
-        parts.append(replace(taken, tiles=torch.cat([kind, taken.tiles[:, 1:]], 1)))
+    of_heads = slots.head.long()
+    member = torch.where(slots.share > 0, slots.member, -1)[:, of_heads]
+    count, keys = slots.key.shape[2], member.shape[2]
+    library = build.load().library if tokens.device.type == "cpu" else None
+    if library is not None:
+        read, alone, taken = _split_compiled(library, count, member, words, tokens)
+    else:
+        read, alone, taken = split_torch(count, member, words, tokens)
+    parts = [row_tiles(read), pack_tokens(alone, keys)]
+    if bool((taken >= 0).any()):
+        leaving = pack_tokens(taken, keys)
+        kind = torch.full_like(leaving.tiles[:, :1], TAKEN)
+        parts.append(replace(leaving, tiles=torch.cat([kind, leaving.tiles[:, 1:]], 1)))
     return tile_list.concat(parts)
 
 
-def _split(slots: Slots, words: Tensor, tokens: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
-    """Of some heads: the slots that every row reads, and which tokens need no subtraction.
+def split_torch(
+    count: int, member: Tensor, words: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots that every row reads, and which tokens need no subtraction, and which do.
+
+    Args:
+        count: slots of a head.
+        member: [batch, heads, keys], the slot that loses a key, -1 for none.
+        words, tokens: as in `without`.
 
     Returns:
-        int64 [batch, heads, 64 * blocks, slot tiles] and bool like `tokens`.
+        int64 [batch, heads, 64 * blocks, slot tiles], and two tensors like `tokens`.
     """
-    member, share = (_of_heads(t, slots)[:, heads] for t in (slots.member, slots.share))
-    count = slots.key.shape[2]
-    member = torch.where(share > 0, member, -1).long()
-    held = torch.where(member < 0, count, member)
+    step = max(1, NUMBERS // max(1, tokens.shape[0] * tokens.shape[2] * count))
+    found = []
+    for first in range(0, tokens.shape[1], step):
+        some = (t[:, first : first + step] for t in (member, words, tokens))
+        found.append(_split(count, *some))
+    read, alone, taken = (torch.cat(same, 1) for same in zip(*found, strict=True))
+    return read, alone, taken
+
+
+def _split(
+    count: int, member: Tensor, words: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_torch` of heads whose counts are held at a time."""
+    held = torch.where(member < 0, count, member.long())
     size = torch.zeros(*held.shape[:2], count + 1, dtype=torch.int16, device=held.device)
     size.scatter_add_(2, held, torch.ones_like(held, dtype=torch.int16))
     index = tokens.long().clamp(min=0)
@@ -71,14 +87,34 @@ def _split(slots: Slots, words: Tensor, tokens: Tensor, heads: slice) -> tuple[T
     taken.scatter_add_(3, slot, torch.ones_like(slot, dtype=torch.int16))
     gone = taken == size[:, :, None]  # a slot without keys too
     gone[..., count] = True
-    alone = gone.gather(3, slot)
+    is_alone = gone.gather(3, slot)
     unread = tile_list.pack_bits(gone[..., :count].unflatten(3, (-1, BLOCK)))
-    return words.repeat_interleave(BLOCK, 2) & ~unread, alone
+    read = words.repeat_interleave(BLOCK, 2) & ~unread
+    return read, torch.where(is_alone, tokens, -1), torch.where(is_alone, -1, tokens)
 
 
-def _of_heads(rows: Tensor, slots: Slots) -> Tensor:
-    """Members or shares of every head, [batch, heads, keys]."""
-    return rows[:, slots.head.long()]
+class _LeaveCall(ctypes.Structure):
+    """`LeaveCall` of token_selection.cpp, field by field."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("heads", "blocks", "slots", "keys", "top", "threads")),
+        *((n, ctypes.c_void_p) for n in ("tokens", "member", "words", "read", "alone", "taken")),
+    )
+
+
+def _split_compiled(
+    library: ctypes.CDLL, count: int, member: Tensor, words: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, rows, top = tokens.shape
+    tokens, member = (t.to(torch.int32).contiguous() for t in (tokens, member))
+    words = words.contiguous()
+    read = words.new_empty(batch, heads, rows, words.shape[3])
+    alone, taken = torch.empty_like(tokens), torch.empty_like(tokens)
+    sizes = (batch * heads, rows // BLOCK, count, member.shape[2], top, torch.get_num_threads())
+    tensors = (tokens, member, words, read, alone, taken)
+    call = _LeaveCall(*sizes, *(t.data_ptr() for t in tensors))
+    library.attnplan_leave_slots(ctypes.byref(call))
+    return read, alone, taken
 
 
 def row_tiles(words: Tensor) -> TileList:

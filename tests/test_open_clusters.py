@@ -10,9 +10,10 @@ from tests.attention import all_blocks, dense, run, text
 from tests.test_single_keys import CALLS, by_slots, estimate
 from torch import Tensor
 
-from attnplan.kernels import catalog
+from attnplan.kernels import catalog, open_clusters
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels.engines import build
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.near.window import Window
@@ -135,3 +136,23 @@ def test_a_plan_that_opens_none_is_spelled_as_before() -> None:
 def test_bad_settings_are_refused(knobs: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Multipole(64, 8, **knobs)
+
+
+@pytest.mark.parametrize("far", FAR, ids=str)
+def test_the_compiled_choice_is_that_of_torch(far: ClusterCompressor) -> None:
+    library = build.load().library
+    if library is None:
+        pytest.skip("needs a C++ compiler")
+    wide = CALLS["padded"]
+    names = ("query", "key", "value")
+    inputs = dataclasses.replace(wide, **{n: getattr(wide, n).float() for n in names})
+    floor = far.floor(inputs, inputs.all_blocks, 16)[:, None].expand(-1, 4, -1)
+    chunks = far.chunks_before(inputs, floor)
+    slots = far.compress(inputs, int(chunks.max()), (4,) * 4, members=True)
+    assert slots is not None
+    call = (inputs.rows(inputs.all_blocks), slots, far.words(chunks), far.opened, inputs.scale)
+    read, keys = open_clusters.opened_torch(*call)
+    found, found_keys = open_clusters._opened_compiled(library, *call)
+    same = (found == read).all(-1)  # scores that agree to rounding may swap places
+    assert float(same.float().mean()) > 0.999 and bool((keys >= 0).any())
+    assert torch.equal(found_keys.sort(-1).values[same], keys.sort(-1).values[same])

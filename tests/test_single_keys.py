@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnplan.kernels import catalog, left_out
 from attnplan.kernels.approximation import Approximation, AttentionShape, Compressor, Inputs
-from attnplan.kernels.engines import cpu, reference, triton
+from attnplan.kernels.engines import build, cpu, reference, triton
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.far.performer import Performer
@@ -35,6 +35,7 @@ from attnplan.kernels.pattern import causal
 from attnplan.kernels.single_keys import SingleKeys, row_floor
 from attnplan.kernels.slot_chunks import ChunkCompressor
 from attnplan.kernels.tile_list import BLOCK, SLOTS, TAKEN
+from attnplan.kernels.token_selection import distinct
 
 PICKERS: list[SingleKeys] = [
     Loki(4, 9, 16),
@@ -348,3 +349,18 @@ def test_rows_may_read_different_slots() -> None:
             assert kind == SLOTS
             seen[row, :, index] = -1 if mask < 0 else tiles.masks[mask]
     assert torch.equal(seen.view(2, 3, 2 * BLOCK, 2), words)
+
+
+def test_the_compiled_split_is_that_of_torch() -> None:
+    library = build.load().library
+    if library is None:
+        pytest.skip("needs a C++ compiler")
+    generator = torch.Generator().manual_seed(0)
+    member = torch.randint(-1, 2 * BLOCK, (2, 3, 200), generator=generator)
+    words = torch.randint(-(1 << 62), 1 << 62, (2, 3, 2, 2), generator=generator)
+    tokens = torch.randint(-1, 200, (2, 3, 2 * BLOCK, 60), generator=generator)
+    call = (2 * BLOCK, member, words, distinct(tokens).to(torch.int32))
+    for mine, theirs in zip(
+        left_out._split_compiled(library, *call), left_out.split_torch(*call), strict=True
+    ):
+        assert torch.equal(mine, theirs)

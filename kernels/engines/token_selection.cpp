@@ -436,3 +436,125 @@ extern "C" int attnplan_fill_tiles(const int32_t* tokens, int64_t heads, int64_t
     }
     return 0;
 }
+
+// Clusters that rows read key by key ---------------------------------------------------------------
+
+struct OpenCall {
+    int64_t heads, blocks, slots, keys, rank, most, threads;  // heads of the whole batch
+    const float* query;     // [heads, 64 * blocks, rank]
+    const float* key;       // [heads, slots, rank]; query.key is the logarithm of a slot's mass
+    const int32_t* begin;   // [heads, slots + 1], where a slot's keys begin in `order`
+    const int32_t* order;   // [heads, keys]
+    const uint64_t* words;  // [heads, blocks, slots / 64], which slots a block may read
+    uint64_t* read;         // [heads, 64 * blocks, slots / 64], those that a row reads
+    int32_t* tokens;        // [heads, 64 * blocks, most], the keys of those that it opens
+};
+
+// The heaviest slots of every row, as long as their keys are at most `most`. Of equal ones the
+// earlier comes first.
+extern "C" int attnplan_open_clusters(const OpenCall* call) {
+    const OpenCall& c = *call;
+    int64_t width = (c.slots + W - 1) / W * W, tiles = c.slots / BLOCK;
+    std::vector<float> packed(c.heads * c.rank * width);
+    std::atomic<int64_t> next(0);
+#pragma omp parallel num_threads((int)c.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < c.heads; h++)
+            for (int64_t k = 0; k < c.rank; k++)
+                for (int64_t j = 0; j < c.slots; j++)
+                    packed[(h * c.rank + k) * width + j] = c.key[(h * c.slots + j) * c.rank + k];
+        std::vector<int32_t> scores(R * width);
+        std::vector<int64_t> heap(c.slots);
+        for (int64_t item; (item = next++) < c.heads * c.blocks;) {
+            int64_t h = item / c.blocks;
+            const int32_t *begin = c.begin + h * (c.slots + 1), *order = c.order + h * c.keys;
+            const uint64_t* words = c.words + item * tiles;
+            int64_t last = 0;
+            for (int64_t t = 0; t < tiles; t++)
+                if (words[t]) last = t * BLOCK + BLOCK - __builtin_clzll(words[t]);
+            for (int64_t i = item * BLOCK; i < (item + 1) * BLOCK; i += R) {
+                const float* rows[R];
+                for (int64_t r = 0; r < R; r++) rows[r] = c.query + (i + r) * c.rank;
+                score(rows, packed.data() + h * c.rank * width, width, c.rank, 0,
+                      (last + W - 1) / W * W, scores.data(), width);
+                for (int64_t r = 0; r < R; r++) {
+                    const int32_t* x = scores.data() + r * width;
+                    uint64_t* read = c.read + (i + r) * tiles;
+                    int32_t* out = c.tokens + (i + r) * c.most;
+                    int64_t count = 0, taken = 0;
+                    for (int64_t t = 0; t < tiles; t++)
+                        for (uint64_t word = read[t] = words[t]; word; word &= word - 1) {
+                            int64_t s = t * BLOCK + __builtin_ctzll(word);
+                            if (begin[s + 1] > begin[s])
+                                heap[count++] = ((int64_t)x[s] << 32) | (0xffffffff - s);
+                        }
+                    auto end = heap.begin() + count;
+                    std::make_heap(heap.begin(), end);
+                    for (; end != heap.begin(); --end) {
+                        std::pop_heap(heap.begin(), end);
+                        int64_t s = 0xffffffff - (*(end - 1) & 0xffffffff);
+                        if (taken + begin[s + 1] - begin[s] > c.most) break;
+                        for (int32_t j = begin[s]; j < begin[s + 1]; j++) out[taken++] = order[j];
+                        read[s / BLOCK] &= ~(1ull << (s % BLOCK));
+                    }
+                    std::fill(out + taken, out + c.most, -1);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+struct LeaveCall {
+    int64_t heads, blocks, slots, keys, top, threads;  // heads of the whole batch
+    const int32_t* tokens;  // [heads, 64 * blocks, top], keys that rows read, -1 for none
+    const int32_t* member;  // [heads, keys], the slot that loses a key, -1 for none
+    const uint64_t* words;  // [heads, blocks, slots / 64], which slots a block may read
+    uint64_t* read;         // [heads, 64 * blocks, slots / 64], those that a row reads
+    int32_t* alone;         // like tokens: keys of slots that a row does not read, or of none
+    int32_t* taken;         // like tokens: the others, which leave a slot that is read
+};
+
+// A slot all of whose keys a row reads is not read. Returns 1 if some key leaves a slot that is.
+extern "C" int attnplan_leave_slots(const LeaveCall* call) {
+    const LeaveCall& c = *call;
+    int64_t tiles = c.slots / BLOCK, leaves = 0;
+#pragma omp parallel num_threads((int)c.threads) reduction(| : leaves)
+    {
+        std::vector<int32_t> size(c.slots), count(c.slots, 0);
+        std::vector<uint64_t> empty(tiles);
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < c.heads; h++) {
+            const int32_t* member = c.member + h * c.keys;
+            std::fill(size.begin(), size.end(), 0);
+            std::fill(empty.begin(), empty.end(), 0);
+            for (int64_t j = 0; j < c.keys; j++)
+                if (member[j] >= 0) size[member[j]]++;
+            for (int64_t s = 0; s < c.slots; s++)
+                if (!size[s]) empty[s / BLOCK] |= 1ull << (s % BLOCK);
+            for (int64_t i = h * c.blocks * BLOCK; i < (h + 1) * c.blocks * BLOCK; i++) {
+                const int32_t* tokens = c.tokens + i * c.top;
+                uint64_t* read = c.read + i * tiles;
+                for (int64_t t = 0; t < tiles; t++)
+                    read[t] = c.words[i / BLOCK * tiles + t] & ~empty[t];
+                for (int64_t n = 0; n < c.top; n++) {
+                    int32_t s = tokens[n] < 0 ? -1 : member[tokens[n]];
+                    if (s >= 0 && ++count[s] == size[s]) read[s / BLOCK] &= ~(1ull << (s % BLOCK));
+                }
+                for (int64_t n = 0; n < c.top; n++) {
+                    int32_t s = tokens[n] < 0 ? -1 : member[tokens[n]];
+                    bool leave = s >= 0 && count[s] < size[s];
+                    c.alone[i * c.top + n] = leave ? -1 : tokens[n];
+                    c.taken[i * c.top + n] = leave ? tokens[n] : -1;
+                    leaves |= leave;
+                }
+                for (int64_t n = 0; n < c.top; n++) {
+                    int32_t s = tokens[n] < 0 ? -1 : member[tokens[n]];
+                    if (s >= 0) count[s] = 0;
+                }
+            }
+        }
+    }
+    return (int)leaves;
+}
