@@ -88,6 +88,8 @@ LATER: Mapping[str, object] = {"later": True}
 """Metadata of a knob that is spelled where it is not its default alone: it is newer than plans and
 tables that spell its method without it."""
 
+SHORT = 32
+"""Recent keys of the shortest window; those of a query block and the one before are near anyway."""
 POSITIONS = 128
 """Keys in a chunk for statistics that depend on the position in a chunk."""
 
@@ -408,6 +410,10 @@ class Selector(ABC):
         """Calibrated data of one layer, 'name.tensor' to tensor; most methods need none."""
         return {}
 
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        """Which of the names that `fit` answers with this setting reads; all, unless it says so."""
+        return fitted
+
 
 class Compressor(ABC):
     """Makes the far field. Subclasses are frozen dataclasses whose fields are the knobs."""
@@ -446,10 +452,17 @@ class Compressor(ABC):
         """The settings worth trying at this shape."""
 
     @classmethod
+    def cheap_choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        """The settings worth trying with the shortest window alone."""
+        return iter(())
+
+    @classmethod
     def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
         """The settings worth trying with a selector."""
         if near.far_compatible and near.recent in cls.windows:
             yield from cls.choices(shape)
+        if near.far_compatible and near.recent == SHORT:
+            yield from cls.cheap_choices(shape)
 
     @abstractmethod
     def floor(self, inputs: Inputs, blocks: Tensor, window: int) -> Tensor:
@@ -556,6 +569,10 @@ class Compressor(ABC):
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
         """Calibrated data of one layer, 'name.tensor' to tensor."""
         return {}
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        """Which of the names that `fit` answers with this setting reads; all, unless it says so."""
+        return fitted
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def fit_directions(moments: Moments) -> dict[str, Tensor]:
     return dict(_directions(moments))
 
 
+def without_directions(fitted: frozenset[str]) -> frozenset[str]:
+    """What is left of some names where the directions are not read."""
+    return fitted - {"balanced.directions", "balanced.spread"}
+
+
 @lru_cache(maxsize=1)
 def _directions(moments: Moments) -> dict[str, Tensor]:
     *_, key = _centred(moments)
@@ -77,22 +82,32 @@ def _centred(moments: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query_mean, query, key_mean, key - key_mean[:, :, None] * key_mean[:, None, :]
 
 
-def coordinates(inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and centred keys in balanced coordinates, each [batch, heads, rows, head_dim].
+def coordinates(
+    inputs: Inputs, query: Tensor, *, rank: int = 0, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Queries and centred keys in balanced coordinates, each [batch, heads, rows, columns].
 
     float32, or float64 for float64 inputs. A query's products with all keys move alike.
 
     Args:
         inputs: the call, with its fitted data.
         query: rows of its queries.
+        rank: along so many of the strongest directions; 0 for head_dim coordinates of no order.
+        onto: vectors [head_dim, columns] to project on instead, at the cost of the columns.
     """
     wide = torch.promote_types(inputs.key.dtype, torch.float32)
 
     def fitted(name: str) -> Tensor:
         return inputs.fitted_heads(f"balanced.{name}", inputs.head).to(wide)
 
+    maps = [fitted("query_map"), fitted("key_map")]
+    if rank:
+        strongest = fitted("directions")[..., :rank]
+        maps = [each @ strongest for each in maps]
+    elif onto is not None:
+        maps = [each @ onto.to(each) for each in maps]
     key = heads_of(inputs.key, inputs.kv_head).to(wide) - fitted("key_mean")[:, None]
-    return query.to(wide) @ fitted("query_map"), key @ fitted("key_map")
+    return query.to(wide) @ maps[0], key @ maps[1]
 
 
 def root(gram: Tensor) -> Tensor:

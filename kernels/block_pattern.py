@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.approximation import LATER, AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.indexing import heads_of, numbers_on
-from attnplan.kernels.pattern import causal, window_pairs
+from attnplan.kernels.pattern import causal, relative_positions, window_pairs
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import best
 
@@ -62,9 +62,12 @@ class BlockGrid:
 
     def always(self, local: int) -> Tensor:
         """The sink block and `local` recent blocks, bool [batch, 1, blocks, key blocks]."""
-        recent = (self.key_block > self.first - local) & (self.key_block <= self.last)
         sink = (self.key_block == self.sink) & (self.key_block <= self.last)
-        return (recent & (self.key_block >= self.sink)) | sink
+        return (self.is_recent(local) & (self.key_block >= self.sink)) | sink
+
+    def is_recent(self, local: int) -> Tensor:
+        """The `local` recent blocks, bool [blocks, key blocks]."""
+        return (self.key_block > self.first - local) & (self.key_block <= self.last)
 
     def candidates(self, local: int) -> Tensor:
         """Blocks between the sink block and the recent ones, same shape as `always`."""
@@ -86,18 +89,53 @@ class BlockGrid:
         index = (after.clamp(min=0) // blocks).expand(*chunks.shape[:3], -1)
         return chunks.gather(3, index) & (after >= 0)
 
-    def pairs(self, inputs: Inputs, chosen: Tensor) -> Tensor:
+    def pairs(self, inputs: Inputs, chosen: Tensor, sinks: Sinks | None = None) -> Tensor:
         """Block choices as a mask [batch, heads, queries, keys]: tests only."""
-        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-        wide = chosen.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
-        return wide[:, :, :queries, :keys] & causal(inputs)
+
+        def wide(choice: Tensor) -> Tensor:
+            pairs = choice.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+            return pairs[:, :, : inputs.query.shape[2], : inputs.key.shape[2]]
+
+        kept = wide(chosen) & causal(inputs)
+        if sinks is None:
+            return kept
+        cut = wide((self.key_block == self.sink) & sinks.are_old(self))
+        return kept & ~(cut & (relative_positions(inputs)[1] >= sinks.keys))
 
 
-def block_tiles(inputs: Inputs, blocks: Tensor, grid: BlockGrid, chosen: Tensor) -> TileList:
+@dataclass(frozen=True)
+class Sinks:
+    """How much of the sink block is read where it is not recent.
+
+    Attributes:
+        keys: its first keys, those of the sequence.
+        local: recent blocks.
+    """
+
+    keys: int
+    local: int
+
+    def are_old(self, grid: BlockGrid) -> Tensor:
+        """Query blocks whose sink block is not recent, bool [batch, 1, blocks, 1]."""
+        return grid.sink <= grid.first - self.local
+
+    def words(self, inputs: Inputs, grid: BlockGrid) -> Tensor:
+        """Bits of the sink block that are read, int64 [batch, blocks]."""
+        first = numbers_on(inputs.start, grid.sink.device)[:, None] % BLOCK
+        within = torch.arange(BLOCK, device=first.device)
+        read = (within >= first) & (within < first + self.keys)
+        old = self.are_old(grid)[:, 0, :, 0]
+        return torch.where(old, tile_list.pack_bits(read)[:, None], -1)
+
+
+def block_tiles(
+    inputs: Inputs, blocks: Tensor, grid: BlockGrid, chosen: Tensor, sinks: Sinks | None = None
+) -> TileList:
     """Tile list of chosen key blocks, bool [batch, heads, blocks, key blocks].
 
     Three blocks of a row may be cut by the diagonal, the end of the text or padding: those of its
-    first and last query, and the sink block. They get causal masks, all others are full tiles.
+    first and last query, and the sink block, of which `sinks` may leave some keys out. They get
+    causal masks, all others are full tiles.
     """
     chosen = chosen.expand(-1, inputs.query.shape[1], -1, -1)
     batch, heads, count, _ = chosen.shape
@@ -117,6 +155,8 @@ def block_tiles(inputs: Inputs, blocks: Tensor, grid: BlockGrid, chosen: Tensor)
     rows = (b * heads + h) * count + row
     gather = torch.zeros(0, BLOCK, dtype=torch.int32, device=chosen.device)
     masks = block_words(inputs, blocks, cut)
+    if sinks is not None:
+        masks.view(batch, count, 3, BLOCK)[:, :, 2] &= sinks.words(inputs, grid)[..., None]
     return tile_list.from_rows(batch, heads, count, rows, tiles, gather, masks)
 
 
@@ -237,36 +277,46 @@ class ScoredBlocks(Selector):
 
     A subclass says how a query block scores a key block, from no query after the block's first: all
     rows of a block read the same blocks, and none may depend on a later row. Ties go to the earlier
-    block. Beside a far field `top` is rounded up to whole chunks, and the score of a chunk is that
-    of its best block.
+    block. Of a sink block that is not recent the first `sink_keys` keys are kept. Beside a far
+    field it is kept as a whole, `top` is rounded up to whole chunks, and the score of a chunk is
+    that of its best block.
     """
 
     keeps_chunks: ClassVar[bool] = True
     follows: ClassVar[bool] = False
     """Scores are logarithms, and a block is worth what the block before it scores too: what is read
     often moves along with the text, and the queries that choose stand before the others."""
-    settings: ClassVar[tuple[tuple[int, int], ...]] = ((4, 2), (16, 4))
-    """(top, local) worth trying."""
+    settings: ClassVar[tuple[tuple[int, int, int], ...]] = (
+        (1, 1, 4),
+        (3, 1, 4),
+        (4, 2, BLOCK),
+        (8, 2, BLOCK),
+        (16, 4, BLOCK),
+    )
+    """(top, local, sink_keys) worth trying."""
     settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ()
     """Those that are worth trying with a far field too."""
 
     top: int
     local: int = 2
+    sink_keys: int = field(default=BLOCK, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.top < 0:
             raise ValueError(f"top must not be negative, got {self.top}")
         if self.local < 1:
             raise ValueError(f"local must be at least 1 block, got {self.local}")
+        if not 1 <= self.sink_keys <= BLOCK:
+            raise ValueError(f"sink_keys must be 1 to {BLOCK} keys, got {self.sink_keys}")
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for top, local in cls.settings:
+        for top, local, sink_keys in cls.settings:
             if (top + local + 1) * BLOCK < shape.keys:
-                yield cls(top, local)
+                yield cls(top, local, sink_keys=sink_keys)
 
     def tried_with_far(self, shape: AttentionShape) -> bool:
-        return (self.top, self.local) in self.settings_with_far
+        return self.sink_keys == BLOCK and (self.top, self.local) in self.settings_with_far
 
     @abstractmethod
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
@@ -303,7 +353,8 @@ class ScoredBlocks(Selector):
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         grid = BlockGrid.of(inputs, blocks)
         chosen = self._chosen(inputs, blocks, grid)
-        return block_tiles(inputs, blocks, grid, chosen | grid.always(self.local))
+        chosen = chosen | grid.always(self.local)
+        return block_tiles(inputs, blocks, grid, chosen, self._sinks)
 
     @property
     def recent(self) -> int:
@@ -329,7 +380,8 @@ class ScoredBlocks(Selector):
     def keep(self, inputs: Inputs) -> Tensor:
         blocks = torch.arange(inputs.blocks, device=inputs.query.device)
         grid = BlockGrid.of(inputs, blocks)
-        return grid.pairs(inputs, self._chosen(inputs, blocks, grid) | grid.always(self.local))
+        chosen = self._chosen(inputs, blocks, grid) | grid.always(self.local)
+        return grid.pairs(inputs, chosen, self._sinks)
 
     def cost(self, shape: AttentionShape) -> Cost:
         candidates = self._candidates(shape)
@@ -338,7 +390,7 @@ class ScoredBlocks(Selector):
         i = torch.arange(shape.keys - shape.queries, shape.keys)
         first = (i + shape.queries - shape.keys) // BLOCK * BLOCK + shape.keys - shape.queries
         local_start = (first // BLOCK - self.local + 1).clamp(min=0) * BLOCK
-        near = int((i + 1 - local_start + (local_start > 0) * BLOCK).sum())
+        near = int((i + 1 - local_start + (local_start > 0) * self.sink_keys).sum())
         selection = self.score_macs(shape, int(candidates.sum()))
         return Cost(2.0 * shape.head_dim * (near + far), selection)
 
@@ -346,6 +398,15 @@ class ScoredBlocks(Selector):
         near = window_pairs(shape, self.recent, 0)
         selection = self.score_macs(shape, int(self._candidates(shape).sum()))
         return Cost(2.0 * shape.head_dim * near, selection)
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Masks are those of the diagonal and of padding alone, the same for all settings."""
+        return self.sink_keys == BLOCK
+
+    @property
+    def _sinks(self) -> Sinks | None:
+        return None if self.whole_blocks else Sinks(self.sink_keys, self.local)
 
     def _candidates(self, shape: AttentionShape) -> Tensor:
         """How many key blocks every query block chooses from."""

@@ -134,6 +134,11 @@ def fitted_names(
     return frozenset(fit(noise) if method is None else method.fit(noise))
 
 
+def needed_names(head_dim: int, part: Selector | Compressor) -> frozenset[str]:
+    """What a method reads of what it fits, at its setting."""
+    return part.reads(fitted_names(head_dim, type(part)))
+
+
 def to_dict(approximation: Approximation) -> dict[str, Any]:
     """The spelling of plan files: {'near': {'name': ..., knobs}, 'far': {...}}."""
     spelled: dict[str, Any] = {"near": _spell(approximation.near)}

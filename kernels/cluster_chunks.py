@@ -1,8 +1,8 @@
 """Slots that are clusters of the keys of a chunk.
 
-Clusters are found by Lloyd's algorithm, from keys that are drawn by systematic sampling (`pick`); a
-slot has the mean key and the sums of masses and values of its cluster. On a GPU all of it is one
-kernel, a program for every chunk.
+Clusters are found by Lloyd's algorithm, from different keys that are drawn by systematic sampling
+(`pick`, `spread`), so that as many slots as keys are exact; a slot has the mean key and the sums of
+masses and values of its cluster. On a GPU all of it is one kernel, a program for every chunk.
 
 With `opened` every query reads the keys of its heaviest clusters themselves, as many clusters as
 hold no more than `opened` keys together, in the order of what their slots weigh for the query; an
@@ -39,6 +39,7 @@ from attnplan.kernels.slot_chunks import (
     lloyd,
     pick,
     pooled,
+    spread,
     take,
 )
 from attnplan.kernels.tile_list import TileList
@@ -115,20 +116,23 @@ class ClusterCompressor(ChunkCompressor):
         return cost + Cost(2.0 * shape.head_dim * read, scores)
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
+        if self.slots == 1:
+            return pooled(chunks, torch.ones_like(chunks.weight[..., None]))
         points = chunks.key
         if self.metric_name is not None:
             metric = inputs.fitted_heads(self.metric_name, chunks.head).to(points.dtype)
             points = points @ metric[:, None]
-        seed, _ = pick(chunks.weight, self.slots, self.uniform)
+        picked, _ = pick(chunks.weight, self.slots, self.uniform)
+        seed = spread(picked, self.chunk)  # coinciding seeds would leave clusters empty
         weight = chunks.weight.sqrt() if self.by_root else chunks.weight
         return pooled(chunks, lloyd(points, weight, take(points, seed), self.steps))
 
-    def compress(
+    def build(
         self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
-    ) -> Slots | None:
-        if not members and chunks and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
+    ) -> Slots:
+        if not members and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
             from attnplan.kernels.engines import cluster_triton
 
             if cluster_triton.serves(self, inputs):
                 return cluster_triton.compress(self, inputs, chunks, sinks)
-        return super().compress(inputs, chunks, sinks, members)
+        return super().build(inputs, chunks, sinks, members)

@@ -50,7 +50,10 @@ from attnplan.kernels.tile_list import BLOCK
 from attnplan.kernels.token_selection import pack_tokens
 
 Side = Literal["query", "key"]
+LONG = 2048
+"""Keys from which more than one setting is worth trying."""
 NUMBERS = 1 << 23  # features that are held at a time
+CACHED = 1 << 19  # the same on a CPU, whose caches hold them
 CANCELLED = 1000  # a mass below so many rounding errors of its terms is not relied on
 EMPTY = -1e30  # log-weight of a chunk without keys; finite, so that differences are numbers
 
@@ -101,8 +104,10 @@ class FeatureMap(ChunkedFarField):
     """Shorter texts are not worth trying."""
     tried_beside_keys: ClassVar[tuple[Mapping[str, int], ...]] = ()
     """Settings worth trying with a selector that picks keys of a cluster."""
-    tried: ClassVar[Mapping[str, int]] = {}
-    """Knobs worth trying, where they are not the defaults."""
+    settings: ClassVar[tuple[Mapping[str, int], ...]] = ({},)
+    """Knobs worth trying; all but the first for long texts alone."""
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ()
+    """Knobs worth trying for long texts with the shortest window alone."""
     logarithmic: ClassVar[bool] = False
     """`lift` answers with logarithms, which `logarithms` describes; the features are positive."""
 
@@ -111,7 +116,13 @@ class FeatureMap(ChunkedFarField):
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
         if shape.keys >= max(3 * cls.chunk, cls.least_keys):
-            yield cls(**cls.tried)
+            tried = cls.settings if shape.keys >= LONG else cls.settings[:1]
+            yield from (cls(**knobs) for knobs in tried)
+
+    @classmethod
+    def cheap_choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        if shape.keys >= LONG:
+            yield from (cls(**knobs) for knobs in cls.cheap)
 
     @classmethod
     def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
@@ -131,7 +142,7 @@ class FeatureMap(ChunkedFarField):
         """Features [batch, heads, ..., features] of rows y or x, the strongest direction first.
 
         Args:
-            rows: [batch, heads, ..., head_dim], of the heads of `inputs`.
+            rows: [batch, heads, ..., at least directions], of the heads of `inputs`.
             side: whose rows they are.
             inputs: the call.
         """
@@ -143,6 +154,10 @@ class FeatureMap(ChunkedFarField):
             NotImplementedError: it is not.
         """
         raise NotImplementedError(f"features of {self.name} have no logarithms")
+
+    def directions(self, head_dim: int) -> int:
+        """How many of the strongest balanced directions `lift` reads."""
+        return head_dim
 
     @abstractmethod
     def count(self, head_dim: int) -> int:
@@ -175,12 +190,12 @@ class FeatureMap(ChunkedFarField):
         read = self.chunks_before(inputs, floor)
         heads = range(len(inputs.head))
         numbers = inputs.key.shape[0] * max(inputs.key.shape[2], 1) * self.count(_dim(inputs))
-        step = max(1, NUMBERS // numbers)
+        step = max(1, _held(inputs) // numbers)
         made = []
         for first in heads[::step]:
             some = tuple(heads[first : first + step])
             here = inputs.heads(some)
-            frame = Frame.of(here)
+            frame = Frame.of(here, self.directions(_dim(inputs)))
             state = self._states(here, frame, chunks, [sinks[h] for h in some])
             left = None if tokens is None else self._left_out(here, frame, heads_of(tokens, some))
             made.append(self._read(here, frame, state, blocks, heads_of(read, some), left))
@@ -196,7 +211,8 @@ class FeatureMap(ChunkedFarField):
         rows = (shape.queries if most else 0) + most * self.chunk
         state = count * (head_dim + 1)
         sums = 2 * most * ceil(log2(most + 1)) * state
-        row = head_dim * (head_dim + 1) + self.feature_macs(head_dim) + state
+        mapped = head_dim * (self.directions(head_dim) + 1)
+        row = mapped + self.feature_macs(head_dim) + state
         return Cost(2.0 * head_dim * int(more.sum()), float(rows * row + sums))
 
     @classmethod
@@ -216,7 +232,7 @@ class FeatureMap(ChunkedFarField):
         near = self.is_sink(chunks, sinks, inputs.key.device)
         key, value = (self.by_chunk(inputs, t, chunks) for t in (inputs.key, inputs.value))
         batch, heads = key.shape[:2]
-        step = max(1, NUMBERS // (batch * heads * self.chunk * self.count(_dim(inputs))))
+        step = max(1, _held(inputs) // (batch * heads * self.chunk * self.count(_dim(inputs))))
         made = []
         for first in range(0, chunks, step):
             some = slice(first, first + step)
@@ -267,7 +283,7 @@ class FeatureMap(ChunkedFarField):
         states = state[0].shape[2]
         place = torch.arange(batch * heads, device=read.device).view(batch, heads, 1)
         place = place * states + read
-        step = max(1, NUMBERS // (batch * heads * BLOCK * self.count(_dim(inputs))))
+        step = max(1, _held(inputs) // (batch * heads * BLOCK * self.count(_dim(inputs))))
         made = []
         for first in range(0, len(blocks), step):
             some = slice(first, first + step)
@@ -346,7 +362,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Frame:
-    """Means [heads, 1, head_dim] and maps [heads, head_dim, head_dim] of some heads, sqrt(s)."""
+    """Means [heads, 1, head_dim] and maps [heads, head_dim, directions] of some heads, sqrt(s)."""
 
     query_mean: Tensor
     key_mean: Tensor
@@ -355,13 +371,14 @@ class Frame:
     scale: float
 
     @classmethod
-    def of(cls, inputs: Inputs) -> Frame:
+    def of(cls, inputs: Inputs, directions: int) -> Frame:
+        """The frame of the strongest `directions` directions."""
         dtype = torch.promote_types(inputs.key.dtype, torch.float32)
 
         def fitted(name: str) -> Tensor:
             return inputs.fitted_heads(name, inputs.head).to(dtype)
 
-        turn = fitted("balanced.directions") * inputs.scale**0.5
+        turn = fitted("balanced.directions")[..., :directions] * inputs.scale**0.5
         return cls(
             fitted("balanced.query_mean")[:, None],
             fitted("balanced.key_mean")[:, None],
@@ -440,6 +457,11 @@ def random_signs(count: int, rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(2, (count, rows, columns), generator=generator)
     return 2.0 * bits.double() - 1
+
+
+def _held(inputs: Inputs) -> int:
+    """Features to hold at a time."""
+    return min(NUMBERS, CACHED) if inputs.key.device.type == "cpu" else NUMBERS
 
 
 def _dim(inputs: Inputs) -> int:

@@ -42,3 +42,11 @@ def alike(constant: Tensor, rows: Tensor) -> Tensor:
     if place not in known:
         known[place] = constant.to(rows)
     return known[place]
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """Random numbers for one of many things, on the CPU.
+
+    torch's generator tells seeds apart by their lowest 32 bits alone.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % (1 << 32))

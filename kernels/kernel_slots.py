@@ -9,7 +9,9 @@ With g(x, x') = e^{-s|x-x'|^2/2} the best combination (Nystrom) is
 
     a_cj = e^{s(|x_j|^2 - |x_c|^2)/2} (g_CC^-1 g_Cj)_c
 
-in which nothing overflows but the norms, and these are carried in the log-weights. The mass of a
+in which nothing overflows but the norms, and these are carried in the log-weights. With a rank, x
+are coordinates along so many of the strongest directions: cheaper, and keys count as alike that
+differ where hardly any query looks. The mass of a
 slot may come out negative; such slots are left out, so that the mass of a query stays positive.
 """
 
@@ -22,10 +24,19 @@ from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.slot_chunks import Chunks, Summary
 
 
-def points(rows: Tensor, chunks: Chunks, inputs: Inputs) -> Tensor:
-    """Keys [..., chunk, head_dim] in balanced coordinates, the scale of the scores in them."""
+def points(rows: Tensor, chunks: Chunks, inputs: Inputs, rank: int = 0) -> Tensor:
+    """Keys in balanced coordinates, the scale of the scores in them, [..., chunk, directions].
+
+    Args:
+        rows: keys [..., chunk, head_dim].
+        chunks, inputs: whose they are.
+        rank: along so many of the strongest directions; 0 for head_dim coordinates of no order.
+    """
     mean = inputs.fitted_heads("balanced.key_mean", chunks.head).to(rows.dtype)
     key_map = inputs.fitted_heads("balanced.key_map", chunks.head).to(rows.dtype)
+    if rank:
+        strongest = inputs.fitted_heads("balanced.directions", chunks.head)[..., :rank]
+        key_map = key_map @ strongest.to(rows.dtype)
     return (rows - mean[:, None, None]) @ key_map[:, None] * chunks.scale**0.5
 
 

@@ -312,7 +312,7 @@ def can_prepare(assignment: Sequence[Approximation]) -> bool:
     """Whether all heads read as many tiles as is known beforehand; see `PreparedLayer`."""
     return all(
         (isinstance(a.near, StaticPattern) and not (a.far is not None and a.far.opens))
-        or (a.far is None and isinstance(a.near, ScoredBlocks))
+        or (a.far is None and isinstance(a.near, ScoredBlocks) and a.near.whole_blocks)
         for a in assignment
     )
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnplan.kernels.engines import features_cpu
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,6 +64,9 @@ class Part:
             output: [batch, heads, rows, value_dim], of all heads of the call.
             log_mass: [batch, heads, rows].
         """
+        if features_cpu.merges(self.numerator, output, log_mass):
+            features_cpu.merge(*self._tensors, self.head, output, log_mass)
+            return output, log_mass
         heads, rows = list(self.head), output.shape[2]
         numerator, mass, shift = (t[:, :, :rows] for t in self._tensors)
         part = Part(numerator, mass, shift, self.head)

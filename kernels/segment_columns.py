@@ -44,19 +44,27 @@ class SegmentColumns(SegmentTokens):
 
     def picker(self, inputs: Inputs, blocks: Tensor) -> Picker:
         def pick(past: Past) -> Tensor:
-            columns = self._columns(inputs, past)
-            return columns[:, None].expand(-1, len(past.queries), -1)
+            scores = self._scores(inputs, past)
+            return best_columns(scores, self.top, len(past.queries)) + past.low
 
         return pick
 
-    def _columns(self, inputs: Inputs, past: Past) -> Tensor:
-        """Positions of the best columns, [heads, top]."""
+    def _scores(self, inputs: Inputs, past: Past) -> Tensor:
+        """Of the keys that may be chosen, [heads, keys]."""
         wide = torch.promote_types(inputs.query.dtype, torch.float32)
         last = max(past.end - inputs.offset, 0)  # row after the last query before the segment
         first = max(past.start - inputs.offset, 0)
         query = inputs.query[past.row, :, first:last].to(wide)
         key = inputs.key[past.row, :, past.start : past.end].to(wide)
         scores = self.column_scores(query, key, inputs)
-        scores = scores[:, self.sinks : past.high - past.start]
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-        return order[:, : self.top] + past.low
+        return scores[:, self.sinks : past.high - past.start]
+
+
+def best_columns(scores: Tensor, top: int, queries: int) -> Tensor:
+    """The `top` best of [heads, keys], the earlier of equal ones, for each of some queries.
+
+    Returns:
+        int64 [heads, queries, top].
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[:, None, :top].expand(-1, queries, -1)

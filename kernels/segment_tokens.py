@@ -52,6 +52,13 @@ Picker = Callable[[Past], Tensor]
 class SegmentTokens(SingleKeys):
     """Keep sinks, all keys since `window` before the segment, and `top` chosen keys."""
 
+    settings: ClassVar[tuple[tuple[int, int, int], ...]] = (
+        (16, 16, 64),
+        (64, 32, 128),
+        (64, 64, 256),
+    )
+    """(top, window, segment) worth trying."""
+
     top: int
     window: int = 64
     segment: int = 256
@@ -66,8 +73,15 @@ class SegmentTokens(SingleKeys):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 64 + 2 * 256 < shape.keys:
-            yield cls(64)
+        for top, window, segment in cls.settings_of(shape):
+            yield cls(top, window, segment)
+
+    @classmethod
+    def settings_of(cls, shape: AttentionShape) -> Iterator[tuple[int, int, int]]:
+        """`settings` that leave something out, and a sixteenth of the keys for long texts."""
+        for top, window, segment in (*cls.settings, (shape.keys // 1024 * 64, 64, 256)):
+            if 0 < top < shape.keys - 2 * segment:
+                yield top, window, segment
 
     @abstractmethod
     def picker(self, inputs: Inputs, blocks: Tensor) -> Picker:

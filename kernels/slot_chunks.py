@@ -6,20 +6,26 @@ factor back.
 
     sum_j e^{s q.k_j} v_j  =  sum_j W_j e^{s (q-m).k_j} v_j  ~  sum_c e^{s (q-m).k_c} u_c
                            =  sum_c e^{s q.k_c + b_c} u_c      with b_c = -s m.k_c
+
+By convexity, slots mostly count less mass than their keys have, the more so the further a query is
+from the mean. With `references` of the head's drawn queries, the weights and values of a chunk are
+multiplied by one number: the geometric mean, over these queries, of the mass of its keys over that
+of its slots. Logarithms of masses are then right on average, and weights keep their signs.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels import left_out, tile_list
+from attnplan.kernels import left_out, query_draws, tile_list
 from attnplan.kernels.approximation import (
+    LATER,
     AttentionShape,
     Cost,
     Inputs,
@@ -29,6 +35,9 @@ from attnplan.kernels.approximation import (
 )
 from attnplan.kernels.chunked import ChunkedFarField
 from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TileList
+
+MOST = 2.0
+"""Largest logarithm of what corrects the mass of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,12 @@ class Summary:
 class ChunkCompressor(ChunkedFarField):
     """A compressor that turns every chunk of `chunk` keys into `slots` slots."""
 
-    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16), (64, 4))
     """(chunk, slots) worth trying."""
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = ()
+    """Knobs worth trying with a window of `windows`, `references` among them."""
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ()
+    """Knobs worth trying with the shortest window alone."""
     settings_behind: ClassVar[tuple[tuple[int, int], ...]] = ()
     """(chunk, slots) worth trying with a selector that keeps chunks."""
     settings_beside_keys: ClassVar[tuple[tuple[int, int], ...]] = ()
@@ -90,9 +103,14 @@ class ChunkCompressor(ChunkedFarField):
     """Fitted mean queries [heads, head_dim] to take out of the scores; None for none."""
 
     slots: int = 16
+    references: int = field(default=0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.references <= query_draws.KEPT:
+            raise ValueError(
+                f"references must be 0 to {query_draws.KEPT} queries, got {self.references}"
+            )
         if not 1 <= self.slots <= self.chunk:
             raise ValueError(f"slots must be between 1 and chunk {self.chunk}, got {self.slots}")
 
@@ -103,8 +121,19 @@ class ChunkCompressor(ChunkedFarField):
                 yield cls(chunk, slots)
 
     @classmethod
+    def cheap_choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        yield from cls._long(cls.cheap, shape)
+
+    @classmethod
+    def _long(cls, tried: tuple[Mapping[str, int], ...], shape: AttentionShape) -> Iterator[Self]:
+        """Those of some knobs that a text has enough chunks for."""
+        yield from (cls(**knobs) for knobs in tried if 16 * knobs["chunk"] <= shape.keys)
+
+    @classmethod
     def choices_behind(cls, near: Selector, shape: AttentionShape) -> Iterator[Self]:
         yield from super().choices_behind(near, shape)
+        if near.far_compatible and near.recent in cls.windows:
+            yield from cls._long(cls.matched, shape)
         if near.keeps_chunks:
             yield from (cls(chunk, slots) for chunk, slots in cls.settings_behind)
         if near.picks_keys:
@@ -172,8 +201,12 @@ class ChunkCompressor(ChunkedFarField):
         chunks, more = self.visible(shape, window, sinks)
         near = torch.zeros_like(chunks) if kept is None else kept(chunks)
         pairs = int((self.read(chunks - near) + near * self.chunk + more).sum())
-        build = float(chunks.max()) * self.build_macs(shape.head_dim)
+        each = self.references * (self.chunk + self.slots) * shape.head_dim
+        build = float(chunks.max()) * (self.build_macs(shape.head_dim) + each)
         return Cost(2.0 * shape.head_dim * pairs, build)
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        return fitted if self.references else fitted - {query_draws.NAME}
 
     def compress(
         self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
@@ -184,6 +217,47 @@ class ChunkCompressor(ChunkedFarField):
         """
         if not chunks:
             return None
+        made = self.build(inputs, chunks, sinks, members)
+        return self._matched(made, inputs, chunks, sinks) if self.references else made
+
+    def _matched(self, made: Slots, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots:
+        """The slots with the masses of their chunks, over the reference queries."""
+        wide = made.key.dtype
+        query = inputs.fitted_heads(query_draws.NAME, inputs.head)[:, : self.references].to(wide)
+        query = query * inputs.scale
+        key = self.by_chunk(inputs, inputs.key, chunks).to(wide)
+        logits = query[:, None] @ key.mT  # [batch, heads, chunks, references, chunk]
+        near = self.is_sink(chunks, sinks, key.device)[:, :, None]
+        exact = logits.masked_fill(near, float("-inf")).logsumexp(-1)
+        count = chunks * self.slots
+        each = (slice(None), slice(None), slice(count))
+        of_slot = query @ made.key[each].mT + made.log_weight[each][:, :, None].to(wide)
+        of_slot = of_slot.unflatten(-1, (chunks, self.slots)).transpose(2, 3)
+        weight = made.weight[each].unflatten(-1, (chunks, 1, self.slots)).to(wide)
+        top = of_slot.amax(-1, keepdim=True)
+        top = torch.where(top.isfinite(), top, 0.0)
+        found = ((of_slot - top).exp() * weight).sum(-1)
+        usable = (found > 0) & exact.isfinite()
+        ratio = exact - torch.where(usable, found, 1.0).log() - top[..., 0]
+        ratio = torch.where(usable, ratio, 0.0).sum(-1) / usable.sum(-1).clamp(min=1)
+        factor = ratio.clamp(-MOST, MOST).exp().repeat_interleave(self.slots, -1)
+        more = made.weight.shape[2] - count
+        factor = torch.nn.functional.pad(factor, (0, more), value=1.0)
+        factor = factor.to(made.weight.dtype)
+        share = made.share
+        if share is not None and made.member is not None:
+            share = share * factor.gather(-1, made.member.long().clamp(min=0))
+        return replace(
+            made,
+            weight=made.weight * factor,
+            value=made.value * factor[..., None],
+            share=share,
+        )
+
+    def build(
+        self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
+    ) -> Slots:
+        """`compress`, of at least one chunk, as the method makes them."""
         wide = torch.promote_types(inputs.key.dtype, torch.float32)
         key, value = (self.by_chunk(inputs, t, chunks).to(wide) for t in (inputs.key, inputs.value))
         if self.mean_name is None:
@@ -227,23 +301,46 @@ class ChunkCompressor(ChunkedFarField):
         return held, shares
 
 
-def pick(weight: Tensor, count: int, uniform: float) -> tuple[Tensor, Tensor]:
+def pick(
+    weight: Tensor, count: int, uniform: float, quantile: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`count` keys of every chunk by systematic sampling, and the chance of each.
 
     A key's chance per draw is its share of the weight, mixed with `uniform` equal chances. The
-    draws stand at equal distances in the cumulated chances, so nothing is random.
+    draws stand at equal distances in the cumulated chances; a key may be drawn more than once.
+
+    Args:
+        weight: [..., chunk].
+        count: of draws.
+        uniform: share of the equal chances.
+        quantile: where the draws stand, ascending, [..., count]; in the middles of `count` equal
+            parts if None. Where one random offset moves all of them from the beginnings of the
+            parts, a key is drawn `count` times its chance on average.
 
     Returns:
-        int64 [..., count] and its chances per draw [..., count].
+        int64 [..., count], ascending, and the chances per draw [..., count].
     """
     chunk = weight.shape[-1]
     share = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
     chance = (1 - uniform) * share + uniform / chunk
     cumulative = chance.cumsum(-1)
-    quantile = (torch.arange(count, device=weight.device) + 0.5) / count
+    if quantile is None:
+        quantile = (torch.arange(count, device=weight.device) + 0.5) / count
     quantile = quantile.to(cumulative.dtype).expand(*cumulative.shape[:-1], count)
     picked = torch.searchsorted(cumulative, quantile.contiguous()).clamp(max=chunk - 1)
     return picked, chance.gather(-1, picked)
+
+
+def spread(picked: Tensor, chunk: int) -> Tensor:
+    """Ascending places in a chunk [..., count] moved apart: no two are the same.
+
+    A place that is taken goes to the next one behind it that is free, or before the end of the
+    chunk. `count` is at most `chunk`.
+    """
+    count = picked.shape[-1]
+    rank = torch.arange(count, device=picked.device)
+    apart = (picked - rank).cummax(-1).values + rank
+    return torch.minimum(apart, chunk - count + rank)
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:

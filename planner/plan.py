@@ -389,7 +389,7 @@ def method_names(approximations: Iterable[Approximation]) -> dict[str, Approxima
 def needed_data(approximation: Approximation, model: ModelIdentity) -> set[str]:
     """Names of the fitted tensors that an approximation reads."""
     parts = [approximation.near] + ([approximation.far] if approximation.far else [])
-    return set().union(*(catalog.fitted_names(model.head_dim, type(part)) for part in parts))
+    return set().union(*(catalog.needed_names(model.head_dim, part) for part in parts))
 
 
 def _knobs(approximation: Approximation) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from attnplan.kernels import catalog, keepers
+from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.fitted import Sizes, layout
 from attnplan.plan_yaml import PlanError
 
@@ -35,7 +36,7 @@ def check_fitted(plan: Plan) -> None:
 def _needs(plan: Plan) -> Iterator[tuple[str, int, str, Mapping[str, Sizes]]]:
     """Place of a section, layer, method and what it reads, for each that reads something."""
     of_approximation = {
-        a: (catalog.key(a), _of_parts([a.near] + ([a.far] if a.far else []), plan.model))
+        a: (catalog.key(a), _of_approximation(a, plan.model))
         for a in dict.fromkeys(plan.methods.values())
     }
     for i, section in enumerate(plan.prefill):
@@ -43,7 +44,7 @@ def _needs(plan: Plan) -> Iterator[tuple[str, int, str, Mapping[str, Sizes]]]:
             for approximation in dict.fromkeys(row):
                 yield f"phases.prefill[{i}]", layer, *of_approximation[approximation]
     of_keeper = {
-        keeper: (keepers.key(keeper), _of_parts([keeper], plan.model))
+        keeper: (keepers.key(keeper), layout(type(keeper), plan.model.head_dim))
         for keeper in dict.fromkeys(keeper for row in plan.keepers for keeper in row)
     }
     for layer, kept in enumerate(plan.keepers):
@@ -51,10 +52,13 @@ def _needs(plan: Plan) -> Iterator[tuple[str, int, str, Mapping[str, Sizes]]]:
             yield "phases.decode[0]", layer, *of_keeper[keeper]
 
 
-def _of_parts(parts: list[object], model: ModelIdentity) -> Mapping[str, Sizes]:
+def _of_approximation(approximation: Approximation, model: ModelIdentity) -> Mapping[str, Sizes]:
+    """What its settings read."""
+    parts = [approximation.near] + ([approximation.far] if approximation.far else [])
     found: dict[str, Sizes] = {}
     for part in parts:
-        found |= layout(type(part), model.head_dim)  # type: ignore[arg-type]
+        fitted = layout(type(part), model.head_dim)
+        found |= {name: fitted[name] for name in part.reads(frozenset(fitted))}
     return found
 
 

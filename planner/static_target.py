@@ -16,6 +16,7 @@ be those of the H200. Nothing here was measured on them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -67,6 +68,8 @@ TORCH_CALLS, TORCH_MACS = 30, 0.5e12
 """Choosing blocks by scores that torch computes: calls, and multiply-adds per second; assumed."""
 CLUSTER_LAUNCHES, SUM_LAUNCHES, SLOT_CALLS = 3, 6, 6
 """Clustering by the kernel, sums of exponential features by kernels, and all slots besides."""
+MATCHING_CALLS = 30
+"""Scaling slots to the masses that reference queries find, assumed."""
 GENERAL_MS, GROUP_CALLS = 4.4, 150
 """Whatever else chooses keys: the tile list of the layer, in which the host waits for the device
 (the least of 22 layers that were made so on the H200, but for its calls), and the tensor calls of
@@ -179,10 +182,14 @@ def choice_ms(layer: Sequence[Approximation], shape: AttentionShape, device: Gpu
 def _far_calls(far: Compressor, head_dim: int) -> tuple[int, float]:
     """What the host starts to make a far field, counted, and the rate of multiply-adds in it."""
     if isinstance(far, ClusterCompressor) and far.separable and head_dim <= 128:
-        return CLUSTER_LAUNCHES + SLOT_CALLS, BLOCK_MACS
+        matching = MATCHING_CALLS if far.references else 0
+        return CLUSTER_LAUNCHES + SLOT_CALLS + matching, BLOCK_MACS
     if isinstance(far, FeatureMap) and far.logarithmic:
         return SUM_LAUNCHES, BLOCK_MACS
     inputs = noise(4 * far.chunk, 4 * far.chunk, head_dim)
+    # float64 is left to tensor calls, as on a device; float32 may be compiled for the CPU
+    query, key, value = (t.double() for t in (inputs.query, inputs.key, inputs.value))
+    inputs = replace(inputs, query=query, key=key, value=value)
     blocks = inputs.all_blocks
     floor = far.floor(inputs, blocks, 0)[:, None]
     chunks = int(far.chunks_before(inputs, floor).max())

@@ -38,6 +38,10 @@ MAPS = {
     "performer": Performer(64, 24),
     "csalr": CSALR(64, 20, 2),
     "linear": Linear(64),
+    "tensor_sketch-narrow": TensorSketch(64, 512, rank=8),
+    "performer-narrow": Performer(64, 24, rank=4),
+    "csalr-narrow": CSALR(64, 20, 2, rank=4),
+    "linear-narrow": Linear(64, rank=8),
 }
 CALLS = {
     "prefill": {},
@@ -212,6 +216,7 @@ def test_rows_have_as_many_features_as_are_counted(far: FeatureMap) -> None:
         (lambda: Performer(features=0), "features must be at least 1, got 0"),
         (lambda: CSALR(landmarks=0), "landmarks must be at least 1, got 0"),
         (lambda: CSALR(temperature=-1), "temperature must not be negative, got -1"),
+        (lambda: Linear(rank=-1), "rank must not be negative, got -1"),
     ],
 )
 def test_bad_knobs_are_named(make: object, message: str) -> None:
@@ -296,6 +301,35 @@ def test_tensor_sketch_is_that_of_scikit_learn(degree: int, features: int) -> No
     expected = theirs.transform(y[0, 0].numpy()) @ theirs.transform(x[0, 0].numpy()).T
     found = kernel(far, inputs, y, x)[0, 0].numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("features", [2, 8, 128, 256])
+@pytest.mark.parametrize("columns", [3, 16, 33])
+def test_compiled_sketches_are_those_of_the_matrices(columns: int, features: int) -> None:
+    """Scattered and transformed in float32, against products with F C in float64."""
+    rows = torch.randn(2, 3, 21, columns, generator=torch.Generator().manual_seed(3)).double()
+    inputs = text(10)
+    far = TensorSketch(64, features, seed=5)
+    expected = far.lift(rows, "key", inputs)
+    wide = torch.nn.functional.pad(rows.float(), (0, 7))[..., :columns]  # rows apart in memory
+    for some in (rows.float(), wide):
+        found = far.lift(some, "key", inputs).double()
+        assert float((found - expected).norm()) < 1e-6 * float(expected.norm())
+
+
+def test_a_narrow_map_reads_the_strongest_directions_alone() -> None:
+    inputs = text()
+    y, x, _, _ = rows(inputs)
+    for far in (TensorSketch(64, 64, rank=4), Performer(64, 8, rank=4), CSALR(64, 8, rank=4)):
+        cut = [torch.cat([t[..., :4], torch.randn_like(t[..., 4:])], -1) for t in (y, x)]
+        torch.testing.assert_close(kernel(far, inputs, *cut), kernel(far, inputs, y, x))
+
+
+def test_some_offered_polysketch_really_sketches() -> None:
+    shape = AttentionShape(1, 9, 3, 4096, 4096, 64)
+    sketched = [f for f in PolySketch.choices(shape) if f.sketch < (f.rank + 1) * (f.rank + 2) // 2]
+    assert len(sketched) >= 2
+    assert all(far.count(64) == far.sketch * (far.sketch + 1) // 2 for far in sketched)
 
 
 def test_tensor_sketches_are_unbiased_and_converge() -> None:
@@ -517,6 +551,27 @@ def test_parts_of_the_keys_make_up_dense_attention() -> None:
     expected, expected_mass = reference.masked(*tensors, keep, inputs.scale)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(total, expected_mass)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_compiled_merge_is_that_of_torch(dtype: torch.dtype) -> None:
+    """Heads in any order, padding rows, rows that are not usable, rows without a near field."""
+    generator = torch.Generator().manual_seed(0)
+    numerator = torch.randn(2, 3, 70, 21, generator=generator, dtype=torch.float64)
+    mass = torch.rand(2, 3, 70, generator=generator, dtype=torch.float64)
+    mass[0, 0, 3], mass[1, 2, 5], mass[0, 1, 6] = -1.0, 0.0, float("nan")
+    numerator[1, 0, 9, 4] = float("inf")
+    shift = 40 * torch.randn(2, 3, 70, generator=generator, dtype=torch.float64)
+    near = torch.randn(2, 65, 5, 21, generator=generator, dtype=torch.float64).to(dtype)
+    log_mass = 40 * torch.randn(2, 5, 65, generator=generator, dtype=torch.float64)
+    log_mass[:, 2, 20] = float("-inf")
+    sums = (numerator, mass, shift)
+    exact = Part(*sums, (4, 0, 2)).merge(near.double().transpose(1, 2).clone(), log_mass.clone())
+    fast = Part(*(t.float() for t in sums), (4, 0, 2))
+    found = fast.merge(near.clone().transpose(1, 2), log_mass.float())
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("mass", [0.0, -1.0, float("nan"), float("inf")])

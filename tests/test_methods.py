@@ -14,21 +14,31 @@ from tests.attention import all_blocks, error, moments, pair, run, text
 from attnplan.kernels import balance, catalog
 from attnplan.kernels.block_pattern import BlockGrid, first_masses, pooled_queries
 from attnplan.kernels.engines import cpu, reference
+from attnplan.kernels.far.sampled_columns import SampledColumns
 from attnplan.kernels.far.wildcat import _pivots
 from attnplan.kernels.kernel_slots import gaussian
 from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.leverage import leverage_scores
+from attnplan.kernels.near.heavy_hitters import HeavyHitters
+from attnplan.kernels.near.leverage import leverage_scores, online_scores
+from attnplan.kernels.near.random_blocks import RandomBlocks
 from attnplan.kernels.pattern import causal
-from attnplan.kernels.slot_chunks import ChunkCompressor
+from attnplan.kernels.slot_chunks import ChunkCompressor, pick, spread
 
 FAR = [name for name, cls in catalog.FAR.items() if issubclass(cls, ChunkCompressor)]
 
 
 @pytest.mark.parametrize(
     ("name", "knobs"),
-    [("wildcat", {}), ("nystrom", {"ridge": 12}), ("attention_matching", {})],
-    ids=["wildcat", "nystrom", "attention_matching"],
+    [
+        ("wildcat", {}),
+        ("nystrom", {"ridge": 12}),
+        ("attention_matching", {}),
+        ("centroid_t", {}),
+        ("multipole", {}),
+        ("sampled_columns", {"uniform": 100}),
+    ],
+    ids=["wildcat", "nystrom", "attention_matching", "centroid_t", "multipole", "sampled_columns"],
 )
 def test_one_landmark_per_key_is_exact(name: str, knobs: dict[str, int]) -> None:
     assert error(pair(name, chunk=64, slots=64, **knobs), text()) < 1e-6
@@ -50,6 +60,48 @@ def test_more_slots_lose_less(name: str) -> None:
     dropped = error(catalog.from_dict({"near": {"name": "window", "window": 32}}), inputs)
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.5 * dropped
+
+
+def test_seeds_of_clusters_differ_and_stay_where_they_do() -> None:
+    weight = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)).double() ** 20
+    for count in (1, 7, 39, 40):
+        picked, _ = pick(weight, count, 0.1)
+        apart = spread(picked, 40)
+        assert bool((apart[:, 1:] > apart[:, :-1]).all())
+        assert int(apart.min()) >= 0 and int(apart.max()) < 40
+    lonely = torch.tensor([[0, 3, 9]])
+    assert torch.equal(spread(lonely, 40), lonely)
+    assert spread(torch.tensor([[2, 2, 2, 38, 39, 39]]), 40).tolist() == [[2, 3, 4, 37, 38, 39]]
+
+
+def test_sampled_sums_are_right_on_average() -> None:
+    """Masses and values over many seeds, within four standard errors, whatever the chances."""
+    inputs, seeds = text(200), 300
+    far = [SampledColumns(64, 4, 30, seed=seed) for seed in range(seeds)]
+    sums = []
+    for one in far:
+        slots = one.compress(inputs, 2, (4,) * 4)
+        assert slots is not None
+        weight = (inputs.query[:, :, -1:] @ slots.key.mT * inputs.scale)[:, :, 0] + slots.log_weight
+        sums.append((weight.exp()[..., None] * slots.value).sum(2))
+    found = torch.stack(sums)
+    heads = list(inputs.kv_head)
+    exact = (inputs.query[:, :, -1:] @ inputs.key[:, heads, 4:128].mT * inputs.scale).exp()
+    exact = (exact @ inputs.value[:, heads, 4:128])[:, :, 0]
+    error = found.std(0) / seeds**0.5
+    assert float(((found.mean(0) - exact).abs() / error).square().mean()) < 1.6
+
+
+def test_every_seed_draws_other_blocks() -> None:
+    drawn = {RandomBlocks(64, 3, seed=seed).reach(64 * 40, 64 * 41 - 1)[-1] for seed in range(8)}
+    assert len(drawn) > 4
+
+
+def test_draws_do_not_depend_on_what_follows() -> None:
+    inputs = text(300)
+    slots = [SampledColumns(64, 4).compress(inputs, chunks, (4,) * 4) for chunks in (2, 4)]
+    assert slots[0] is not None and slots[1] is not None
+    torch.testing.assert_close(slots[1].key[:, :, :8], slots[0].key[:, :, :8])
 
 
 def test_sampled_sums_converge_with_the_square_root_of_the_sample() -> None:
@@ -212,6 +264,48 @@ def test_heavy_hitters_find_a_planted_key() -> None:
     inputs = dataclasses.replace(inputs, key=key)
     method = catalog.from_dict({"near": {"name": "heavy_hitters", "top": 5, "segment": 128}}).near
     assert bool(method.keep(inputs)[:, :, 400:, 77].all())
+
+
+def test_heavy_hitters_accumulate_what_is_attended_to_anyway() -> None:
+    """Against H2O with a choice per segment, key by key; the last rows stand before no segment."""
+    inputs = text(300)
+    method = HeavyHitters(5, 8, 32, 4, observers=8, accumulate=1)
+    kept = method.keep(inputs)
+    for head, kv_head in enumerate(inputs.kv_head):
+        logits = inputs.query[0, head] @ inputs.key[0, kv_head].mT * inputs.scale
+        score, chosen = torch.zeros(300, dtype=torch.float64), []
+        for end in range(32, 300, 32):
+            recent = [j for j in range(max(end - 40, 0), end) if j >= 4]
+            read = sorted({*range(4), *chosen, *recent})
+            for i in range(end - 29, end, 4):  # every fourth query of the segment before `end`
+                seen = [j for j in read if j <= i]
+                score[seen] += logits[i, seen].softmax(0)
+            aged = sorted({*chosen, *(j for j in recent if j < end - 8)}, reverse=True)
+            chosen = sorted(aged, key=lambda j: -float(score[j]))[:5]
+            for i in range(end, min(end + 32, 300)):
+                want = {*range(4), *chosen, *range(end - 8, i + 1)}
+                assert set(torch.nonzero(kept[0, head, i])[:, 0].tolist()) == want
+
+
+def test_votes_of_a_continued_cache_begin_where_its_queries_do() -> None:
+    """Without a vote the latest keys stay."""
+    inputs = text(300)
+    inputs = dataclasses.replace(inputs, query=inputs.query[:, :, 230:])
+    kept = HeavyHitters(5, 8, 32, 4, observers=8, accumulate=1).keep(inputs)
+    assert bool((kept[:, :, :26].sum(-1) > 0).all())
+    assert set(torch.nonzero(kept[0, 0, 0])[:, 0].tolist()) == {
+        *range(4), *range(211, 216), *range(216, 231)
+    }  # fmt: skip
+
+
+def test_online_leverage_is_that_of_the_keys_so_far() -> None:
+    """In the last of the segments it is the leverage among all keys."""
+    key = torch.randn(2, 200, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = online_scores(key, 64)
+    assert found.shape == (2, 192)
+    for end in (64, 128, 192):
+        among = leverage_scores(key[:, :end])[:, end - 64 :]
+        torch.testing.assert_close(found[:, end - 64 : end], among)
 
 
 def test_more_hash_rounds_hold_more_mass() -> None:

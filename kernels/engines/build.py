@@ -20,7 +20,10 @@ from pathlib import Path
 
 import torch  # noqa: F401  (loads libgomp before our library asks for it)
 
-SOURCES = ("attention.cpp", "decode.cpp", "token_selection.cpp", "tile_join.cpp")
+SOURCES = (
+    *("attention.cpp", "decode.cpp", "token_selection.cpp", "tile_join.cpp"),
+    "features.cpp",
+)
 HEADERS = ("vectors.h",)
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (

@@ -163,6 +163,8 @@ def _cluster(
     quantile = (s + 0.5) / SLOTS
     before = (tl.cumsum(chance, 0)[:, None] < quantile[None, :]) & (r < CHUNK)[:, None]
     picked = tl.minimum(tl.sum(before.to(tl.int32), 0), CHUNK - 1)
+    ahead = tl.where(s[None, :] <= s[:, None], (picked - s)[None, :], -CHUNK)
+    picked = tl.minimum(tl.max(ahead, 1) + s, CHUNK - SLOTS + s)  # no two are the same
 
     centre = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for tile in tl.range(0, CHUNK, ROWS):

@@ -169,7 +169,8 @@ _known = WeakIdKeyDictionary()
 
 
 def _exponents(far: FeatureMap, inputs: Inputs) -> Exponents:
-    frame, logarithms = Frame.of(inputs), far.logarithms(inputs)
+    directions = far.directions(inputs.query.shape[3])
+    frame, logarithms = Frame.of(inputs, directions), far.logarithms(inputs)
     dtype = inputs.query.dtype
     features = logarithms.query.shape[-2]
     block = block_of_features(features, dtype)

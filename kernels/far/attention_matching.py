@@ -19,6 +19,7 @@ accelerated projected gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,11 @@ class AttentionMatching(ChunkCompressor):
     name: ClassVar[str] = "attention_matching"
     predictor: ClassVar[str] = "effective_keys"
     windows: ClassVar[tuple[int, ...]] = (32, 128, 512)
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 64, "slots": 1, "queries": 8},
+        {"chunk": 64, "slots": 4, "queries": 32},
+    )
 
     queries: int = DRAWS
 

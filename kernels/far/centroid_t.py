@@ -15,11 +15,13 @@ field); the absorption of the mean query and the metric are ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from attnplan.kernels import query_draws
 from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
 from attnplan.kernels.cluster_chunks import ClusterCompressor
@@ -45,6 +47,13 @@ class CentroidT(ClusterCompressor):
         *((128, 8, 128), (256, 8, 128)),
     )
     mean_name: ClassVar[str | None] = "centroid_t.query_mean"
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 64, "slots": 1, "references": 8},
+        {"chunk": 64, "slots": 3, "references": 16},
+    )
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 256, "slots": 16, "references": 16},
+    )
 
     steps: ClassVar[int] = STEPS
     uniform: ClassVar[float] = 0.5
@@ -54,6 +63,8 @@ class CentroidT(ClusterCompressor):
     chunk: int = 256
 
     def build_macs(self, head_dim: int) -> float:
+        if self.slots == 1:  # all keys are one cluster
+            return float(self.chunk * head_dim * 3)
         metric = head_dim + 1  # keys to the query metric, and their weights
         step = 2 * self.slots  # distances and means
         return float(self.chunk * head_dim * (metric + step * STEPS + self.slots + 2))
@@ -63,4 +74,4 @@ class CentroidT(ClusterCompressor):
         return {
             "centroid_t.query_mean": moments.query_mean.float(),
             "centroid_t.metric": root(moments.query_gram.double()).float(),
-        }
+        } | query_draws.fit(moments)

@@ -12,18 +12,20 @@ Source: Chen et al., Compact Self-Attention with Low-Rank Approximation, IJCAI 2
 attention and combination coefficients); paired query landmarks as in Agent Attention,
 https://arxiv.org/abs/2312.08874, section 3.2. Unlike both, landmarks are drawn from calibration and
 not pooled from the text, so that they are causal; queries are centred and balanced; long landmarks
-are not preferred (the term |L|^2/2); and the masses of the landmarks are kept.
+are not preferred (the term |L|^2/2); and the masses of the landmarks are kept. With a `rank`, all
+this is done in so many of the strongest balanced directions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.approximation import LATER, Inputs
 from attnplan.kernels.feature_map import FeatureMap, Logarithms, Side, orthogonal_rows
 from attnplan.kernels.indexing import alike
 
@@ -35,8 +37,16 @@ class CSALR(FeatureMap):
     name: ClassVar[str] = "csalr"
     logarithmic: ClassVar[bool] = True
 
+    settings: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"landmarks": 64},
+        {"landmarks": 128, "rank": 16},
+        {"chunk": 64, "landmarks": 48, "rank": 16},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ({"chunk": 64, "landmarks": 8, "rank": 8},)
+
     landmarks: int = 64
     temperature: int = 2
+    rank: int = field(default=0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,10 +54,12 @@ class CSALR(FeatureMap):
             raise ValueError(f"landmarks must be at least 1, got {self.landmarks}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative, got {self.rank}")
 
     def lift(self, rows: Tensor, side: Side, inputs: Inputs) -> Tensor:
         landmarks = self.drawn(inputs).to(rows).unflatten(0, (-1, *[1] * (rows.ndim - 4)))
-        scores = rows @ landmarks.mT
+        scores = rows[..., : landmarks.shape[-1]] @ landmarks.mT
         if side == "key":
             return scores
         half = landmarks.square().sum(-1)[..., None, :] / 2
@@ -65,13 +77,17 @@ class CSALR(FeatureMap):
         )
 
     def drawn(self, inputs: Inputs) -> Tensor:
-        """The landmarks as rows y, [heads, landmarks, head_dim]."""
+        """The landmarks as rows y, [heads, landmarks, directions]."""
         spread = inputs.fitted_heads("balanced.spread", inputs.head)
+        spread = spread[:, : self.directions(spread.shape[-1])]
         vectors = alike(orthogonal_rows(self.landmarks, spread.shape[-1], 0), spread)
         return vectors * spread[:, None] * inputs.scale**0.5
+
+    def directions(self, head_dim: int) -> int:
+        return min(self.rank or head_dim, head_dim)
 
     def count(self, head_dim: int) -> int:
         return self.landmarks
 
     def feature_macs(self, head_dim: int) -> float:
-        return float(self.landmarks * head_dim)
+        return float(self.landmarks * self.directions(head_dim))

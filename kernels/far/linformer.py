@@ -18,39 +18,49 @@ that belong to it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels import balance
+from attnplan.kernels import balance, query_draws
 from attnplan.kernels.approximation import POSITIONS, Inputs, Moments
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
-SIZES = (8, 16, 32)
+SIZES = {POSITIONS: (8, 16, 32), POSITIONS // 2: (1, 4)}
+"""Keys of a chunk, and the slots that it may have."""
 STEPS = 20
 
 
 @dataclass(frozen=True)
 class Linformer(ChunkCompressor):
-    """Replace every far chunk of 128 keys by `slots` projections of them."""
+    """Replace every far chunk of 128 or 64 keys by `slots` projections of them."""
 
     name: ClassVar[str] = "linformer"
     predictor: ClassVar[str] = "cluster_inertia"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": POSITIONS // 2, "slots": 1, "references": 8},
+    )
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((POSITIONS, 16),)
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": POSITIONS, "slots": 16, "references": 16},
+        {"chunk": POSITIONS // 2, "slots": 4, "references": 16},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk != POSITIONS:
-            raise ValueError(f"chunk must be {POSITIONS} keys, as is fitted, got {self.chunk}")
-        if self.slots not in SIZES:
-            known = ", ".join(map(str, SIZES))
+        if self.chunk not in SIZES:
+            known = " or ".join(map(str, SIZES))
+            raise ValueError(f"chunk must be {known} keys, as is fitted, got {self.chunk}")
+        if self.slots not in SIZES[self.chunk]:
+            known = ", ".join(map(str, SIZES[self.chunk]))
             raise ValueError(f"slots must be one of {known}, as is fitted, got {self.slots}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        name = f"linformer.projections_{self.slots}"
-        fitted = inputs.fitted_heads(name, inputs.kv_head)[:, None]
+        fitted = inputs.fitted_heads(_name(self.chunk, self.slots), inputs.kv_head)[:, None]
         mean, share = fitted.to(chunks.key.dtype).unbind(2)
         mean, share = (t * chunks.weight[..., None, :] for t in (mean, share))
         mass = share.sum(-1)
@@ -63,16 +73,22 @@ class Linformer(ChunkCompressor):
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        gram = moments.key_position_gram
-        fitted = balance.fit(moments)
-        for slots in SIZES:
-            mean, share = _segments(slots)
-            if gram is None:
-                mean, share = (t.expand(len(moments.key_mean), -1, -1) for t in (mean, share))
-            else:
-                mean, share = project(gram.double(), mean, share, STEPS)
-            fitted[f"linformer.projections_{slots}"] = torch.stack([mean, share.mT], 1).float()
+        fitted = balance.fit(moments) | query_draws.fit(moments)
+        for chunk, sizes in SIZES.items():
+            gram = _gram(moments, chunk)
+            for slots in sizes:
+                mean, share = _segments(chunk, slots)
+                if gram is None:
+                    mean, share = (t.expand(len(moments.key_mean), -1, -1) for t in (mean, share))
+                else:
+                    mean, share = project(gram, mean, share, STEPS)
+                fitted[_name(chunk, slots)] = torch.stack([mean, share.mT], 1).float()
         return fitted
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        own = _name(self.chunk, self.slots)
+        names = super().reads(fitted)
+        return frozenset(n for n in names if n == own or not n.startswith("linformer."))
 
 
 def project(gram: Tensor, mean: Tensor, share: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +119,26 @@ def project(gram: Tensor, mean: Tensor, share: Tensor, steps: int) -> tuple[Tens
     return mean, share
 
 
-def _segments(slots: int) -> tuple[Tensor, Tensor]:
+def _name(chunk: int, slots: int) -> str:
+    """Of the fitted projections."""
+    size = str(slots) if chunk == POSITIONS else f"{slots}_of_{chunk}"
+    return f"linformer.projections_{size}"
+
+
+def _gram(moments: Moments, chunk: int) -> Tensor | None:
+    """Products of keys by their positions in chunks of `chunk`, a divisor of what is profiled."""
+    gram = moments.key_position_gram
+    if gram is None:
+        return None
+    parts = [
+        gram.double()[:, at : at + chunk, at : at + chunk] for at in range(0, POSITIONS, chunk)
+    ]
+    return torch.stack(parts).mean(0)
+
+
+def _segments(chunk: int, slots: int) -> tuple[Tensor, Tensor]:
     """E and D of equal segments."""
-    run = torch.arange(POSITIONS) * slots // POSITIONS
+    run = torch.arange(chunk) * slots // chunk
     share = torch.nn.functional.one_hot(run, slots).double()
     return (share / share.sum(0)).mT, share
 

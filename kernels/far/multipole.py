@@ -14,15 +14,22 @@ distances, those of the second level at slots that are heavy and far from each o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Kept, Slots
+from attnplan.kernels import query_draws, tile_list
+from attnplan.kernels.approximation import (
+    AttentionShape,
+    Cost,
+    Inputs,
+    Kept,
+    Moments,
+    Slots,
+)
 from attnplan.kernels.cluster_chunks import ClusterCompressor
 from attnplan.kernels.slot_chunks import Summary, lloyd, slot_tiles, take, whole_tiles
 from attnplan.kernels.tile_list import BLOCK, TileList
@@ -40,6 +47,12 @@ class Multipole(ClusterCompressor):
 
     name: ClassVar[str] = "multipole"
     predictor: ClassVar[str] = "cluster_inertia"
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 128, "slots": 16, "references": 16},
+        {"chunk": 64, "slots": 4, "references": 16},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ({"chunk": 64, "slots": 1, "references": 8},)
 
     windows: ClassVar[tuple[int, ...]] = (32, 128)
 
@@ -102,6 +115,8 @@ class Multipole(ClusterCompressor):
         return (chunks - (GROUP - 1) * self._groups_of(chunks)) * self.slots
 
     def build_macs(self, head_dim: int) -> float:
+        if self.slots == 1:  # all keys are one cluster
+            return float(self.chunk * head_dim * 2)
         return float(self.chunk * head_dim * self.slots * (2 * STEPS + 2))
 
     def cost(
@@ -110,6 +125,10 @@ class Multipole(ClusterCompressor):
         groups = self._groups_of(self.visible(shape, window, sinks)[0])
         one = GROUP * self.slots * shape.head_dim * self.slots * (2 * STEPS + 3)
         return super().cost(shape, window, sinks, kept) + Cost(0.0, float(groups.max() * one))
+
+    @classmethod
+    def fit(cls, moments: Moments) -> dict[str, Tensor]:
+        return query_draws.fit(moments)
 
     def _groups(self, chunks: int) -> int:
         """How many groups are read at the second level where `chunks` chunks are read in all."""

@@ -16,14 +16,15 @@ the pseudo-inverse is a ridge solve, whose ridge is a knob, because converging i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels import balance
-from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels import balance, query_draws
+from attnplan.kernels.approximation import LATER, Inputs, Moments
 from attnplan.kernels.kernel_slots import gaussian, lifted, points
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
@@ -35,20 +36,31 @@ class Nystrom(ChunkCompressor):
     name: ClassVar[str] = "nystrom"
     predictor: ClassVar[str] = "random_feature_exponent"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 128, "slots": 16, "rank": 16, "references": 16},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 64, "slots": 1, "rank": 8, "references": 4},
+        {"chunk": 64, "slots": 4, "rank": 16, "references": 16},
+    )
 
     ridge: int = 1
+    rank: int = field(default=0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.ridge <= 12:
             raise ValueError(f"ridge is 10^-ridge, 0 to 12, got {self.ridge}")
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative, got {self.rank}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         place = torch.arange(self.chunk, device=chunks.key.device)
         run = place[: self.slots]
         member = (place[:, None] * self.slots // self.chunk == run).to(chunks.key.dtype)
         landmarks = (member / member.sum(0)).mT @ chunks.key
-        x, at = points(chunks.key, chunks, inputs), points(landmarks, chunks, inputs)
+        x, at = (points(rows, chunks, inputs, self.rank) for rows in (chunks.key, landmarks))
         corner = gaussian(at, at)
         eye = torch.eye(self.slots, dtype=corner.dtype, device=corner.device)
         ridge = max(10.0**-self.ridge, 8 * torch.finfo(corner.dtype).eps)
@@ -58,12 +70,17 @@ class Nystrom(ChunkCompressor):
         return lifted(chunks, x, landmarks, at, torch.cholesky_solve(gaussian(at, x), factor))
 
     def build_macs(self, head_dim: int) -> float:
-        metric = (self.chunk + self.slots) * head_dim * head_dim
-        kernel = (self.chunk + self.slots) * self.slots * head_dim
+        rank = min(self.rank or head_dim, head_dim)
+        metric = (self.chunk + self.slots) * head_dim * rank
+        kernel = (self.chunk + self.slots) * self.slots * rank
         solve = self.slots**3 / 3 + self.chunk * self.slots**2
         values = self.chunk * self.slots * head_dim
         return float(metric + kernel + solve + values)
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        return balance.fit(moments)
+        return balance.fit(moments) | balance.fit_directions(moments) | query_draws.fit(moments)
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        names = super().reads(fitted)
+        return names if self.rank else balance.without_directions(names)

@@ -32,8 +32,13 @@ class PolySketch(FeatureMap):
     """Sum over far keys by the products of `sketch` features of degree two."""
 
     name: ClassVar[str] = "polysketch"
-    # at equal cost, all products in 4 directions lost less than sketches of 8 or 16 (SmolLM2-135M)
-    tried: ClassVar[Mapping[str, int]] = {"rank": 4, "sketch": 15}
+    settings: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"rank": 4, "sketch": 15},  # all products
+        {"rank": 8, "sketch": 15},
+        {"rank": 16, "sketch": 15},
+        {"chunk": 64, "rank": 8, "sketch": 9},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ({"chunk": 64, "rank": 4, "sketch": 3},)
 
     rank: int = 16
     sketch: int = 32
@@ -52,6 +57,9 @@ class PolySketch(FeatureMap):
             return products(products(low))
         first, second = alike(random_signs(2, columns, self.sketch, 0), low)
         return products((low @ first) * (low @ second) * self.sketch**-0.5)
+
+    def directions(self, head_dim: int) -> int:
+        return min(self.rank, head_dim)
 
     def count(self, head_dim: int) -> int:
         width = self._width(head_dim)

@@ -1,26 +1,31 @@
 """Sampled columns: some far keys, weighted so that sums over them estimate sums over all.
 
 Of every chunk `slots` keys are drawn, key j with a chance p_j per draw, and each drawn key weighs
-1 / (slots p_j) in the sums. The chances are the keys' weights for a mean query, mixed with
-`uniform` per cent of equal chances; with 100 per cent and as many slots as keys every key is drawn
-once and the far field is exact.
+1 / (slots p_j) in the sums, which are then right on average. The chances are the keys' weights for
+a mean query, mixed with `uniform` per cent of equal chances; with 100 per cent and as many slots as
+keys every key is drawn once and the far field is exact.
 
 Source: Han et al., HyperAttention, https://arxiv.org/abs/2310.05869, section 3.1 (sampled columns
 for what its blocks leave out). Unlike the paper, chances follow the mean query as in KDEformer
 (Zandieh et al., https://arxiv.org/abs/2302.02451, section 3), keys of the near field are never
-drawn, and the draws are systematic: at equal distances in the cumulated chances.
+drawn, and the draws are systematic: at equal distances in the cumulated chances, from an offset
+that is drawn at random for every chunk, from `seed` and the number of the chunk in its sequence
+alone, so that a longer text or another batch changes nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels.approximation import LATER, Inputs, Moments
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, pick, take
 
 
@@ -33,16 +38,21 @@ class SampledColumns(ChunkCompressor):
     mean_name: ClassVar[str | None] = "balanced.query_mean"
     is_partition: ClassVar[bool] = True
     settings_beside_keys: ClassVar[tuple[tuple[int, int], ...]] = ((64, 4),)
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ({"chunk": 64, "slots": 1},)
 
     uniform: int = 50
+    seed: int = field(default=0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.uniform <= 100:
             raise ValueError(f"uniform must be 1 to 100 per cent, got {self.uniform}")
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed must be at least 0 and below 2^31, got {self.seed}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        drawn, chance = pick(chunks.weight, self.slots, self.uniform / 100)
+        where = quantiles(chunks.key.shape[2], self.slots, self.seed, chunks.key.device)
+        drawn, chance = pick(chunks.weight, self.slots, self.uniform / 100, where)
         weight = chunks.weight.gather(-1, drawn) / (self.slots * chance)
         # draws ascend: of a key that is drawn again, the first slot takes it all
         share = torch.zeros_like(chunks.weight).scatter_add_(-1, drawn, weight)
@@ -62,3 +72,13 @@ class SampledColumns(ChunkCompressor):
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
         return balance.fit(moments)
+
+
+@lru_cache(maxsize=64)
+def quantiles(chunks: int, slots: int, seed: int, device: torch.device) -> Tensor:
+    """Where in the cumulated chances the first chunks are drawn, float64 [chunks, slots]."""
+    drawn = [Random((seed << 32) + chunk).random() for chunk in range(chunks)]
+    # not so close to an end that the rounding of cumulated chances moves a draw to another key
+    offsets = [min(max(offset, 2**-10), 1 - 2**-10) for offset in drawn]
+    places = [[(slot + offset) / slots for slot in range(slots)] for offset in offsets]
+    return torch.tensor(places, dtype=torch.float64, device=device)

@@ -19,14 +19,15 @@ negative mass is left out. The ridge r = 10^-ridge is 0.1, that of the authors' 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import balance, query_draws
-from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels.approximation import LATER, Inputs, Moments
 from attnplan.kernels.kernel_slots import gaussian, lifted, points
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
@@ -41,9 +42,18 @@ class Skyformer(ChunkCompressor):
     name: ClassVar[str] = "skyformer"
     predictor: ClassVar[str] = "random_feature_exponent"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 128, "slots": 16, "rank": 16, "references": 16},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 64, "slots": 1, "rank": 8, "references": 4},
+        {"chunk": 64, "slots": 4, "rank": 16, "references": 16},
+    )
 
     drawn: int = 50
     ridge: int = 1
+    rank: int = field(default=0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +61,12 @@ class Skyformer(ChunkCompressor):
             raise ValueError(f"drawn must be 0 to 100 per cent, got {self.drawn}")
         if not 0 <= self.ridge <= 12:
             raise ValueError(f"ridge is 10^-ridge, 0 to 12, got {self.ridge}")
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative, got {self.rank}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
         landmarks = self._landmarks(chunks, inputs)
-        x, at = points(chunks.key, chunks, inputs), points(landmarks, chunks, inputs)
+        x, at = (points(rows, chunks, inputs, self.rank) for rows in (chunks.key, landmarks))
         corner = gaussian(at, at)
         ridge = max(10.0**-self.ridge, 8 * torch.finfo(corner.dtype).eps)
         corner = corner + ridge * torch.eye(self.slots, dtype=corner.dtype, device=corner.device)
@@ -74,20 +86,25 @@ class Skyformer(ChunkCompressor):
         return torch.cat([keys, drawn[:, None].expand(*keys.shape[:3], -1, -1)], -2)
 
     def build_macs(self, head_dim: int) -> float:
-        metric = (self.chunk + self.slots) * head_dim * head_dim
-        kernel = (self.chunk + self.slots) * self.slots * head_dim
+        rank = min(self.rank or head_dim, head_dim)
+        metric = (self.chunk + self.slots) * head_dim * rank
+        kernel = (self.chunk + self.slots) * self.slots * rank
         inverse = STEPS * 4 * self.slots**3 + self.chunk * self.slots**2
         values = self.chunk * self.slots * head_dim
         return float(metric + kernel + inverse + values)
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        fitted = balance.fit(moments)
+        fitted = balance.fit(moments) | balance.fit_directions(moments) | query_draws.fit(moments)
         query_map = fitted["balanced.query_map"].double()
         mean = fitted["balanced.query_mean"].double()[:, None]
         draws = query_draws.draw(moments, DRAWS) - mean
         # a query y in balanced coordinates is the key that has the coordinates y
         return fitted | {"skyformer.draws": (draws @ query_map @ query_map).float()}
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        names = super().reads(fitted)
+        return names if self.rank else balance.without_directions(names)
 
 
 def newton_schulz(matrix: Tensor, steps: int) -> Tensor:

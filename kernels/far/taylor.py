@@ -30,7 +30,12 @@ class Taylor(FeatureMap):
 
     name: ClassVar[str] = "taylor"
     least_keys: ClassVar[int] = 1024
-    tried: ClassVar[Mapping[str, int]] = {"rank": 16}
+    settings: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"rank": 16},
+        {"chunk": 128, "rank": 8},
+        {"chunk": 64, "rank": 8},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = ({"chunk": 64, "rank": 3},)
 
     rank: int = 32
 
@@ -45,8 +50,11 @@ class Taylor(FeatureMap):
         features.select(-1, 0).fill_(1)
         return features
 
+    def directions(self, head_dim: int) -> int:
+        return min(self.rank, head_dim)
+
     def count(self, head_dim: int) -> int:
-        rank = min(self.rank, head_dim)
+        rank = self.directions(head_dim)
         return 1 + rank + rank * (rank + 1) // 2
 
     def feature_macs(self, head_dim: int) -> float:

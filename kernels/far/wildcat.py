@@ -19,14 +19,15 @@ instead of clipping outputs. The draws follow a golden-ratio sequence, the same 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels import balance
-from attnplan.kernels.approximation import Inputs, Moments
+from attnplan.kernels import balance, query_draws
+from attnplan.kernels.approximation import LATER, Inputs, Moments
 from attnplan.kernels.kernel_slots import gaussian, lifted, log_shares, points
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, take
 
@@ -40,9 +41,24 @@ class Wildcat(ChunkCompressor):
     name: ClassVar[str] = "wildcat"
     predictor: ClassVar[str] = "random_feature_exponent"
     mean_name: ClassVar[str | None] = "balanced.query_mean"
+    settings: ClassVar[tuple[tuple[int, int], ...]] = ((128, 16),)
+    matched: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 128, "slots": 16, "rank": 16, "references": 16},
+    )
+    cheap: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"chunk": 64, "slots": 1, "rank": 8, "references": 4},
+        {"chunk": 64, "slots": 4, "rank": 16, "references": 16},
+    )
+
+    rank: int = field(default=0, kw_only=True, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative, got {self.rank}")
 
     def summarise(self, chunks: Chunks, inputs: Inputs) -> Summary:
-        x = points(chunks.key, chunks, inputs)
+        x = points(chunks.key, chunks, inputs, self.rank)
         drawn, factor = _pivots(x, (2 * log_shares(chunks, x)[0]).exp(), self.slots)
         corner = take(factor, drawn)  # [..., slots, slots], lower triangular
         unused = corner.diagonal(dim1=-2, dim2=-1) == 0
@@ -52,12 +68,18 @@ class Wildcat(ChunkCompressor):
         return lifted(chunks, x, take(chunks.key, drawn), take(x, drawn), coefficients)
 
     def build_macs(self, head_dim: int) -> float:
-        draws = self.slots * (head_dim + self.slots / 2)  # distances to a pivot, and the update
-        return float(self.chunk * (head_dim * head_dim + draws + self.slots * (self.slots / 2)))
+        rank = min(self.rank or head_dim, head_dim)
+        draws = self.slots * (rank + self.slots / 2)  # distances to a pivot, and the update
+        values = self.slots * (self.slots / 2 + head_dim)
+        return float(self.chunk * (head_dim * rank + draws + values))
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        return balance.fit(moments)
+        return balance.fit(moments) | balance.fit_directions(moments) | query_draws.fit(moments)
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        names = super().reads(fitted)
+        return names if self.rank else balance.without_directions(names)
 
 
 def _pivots(x: Tensor, share: Tensor, slots: int) -> tuple[Tensor, Tensor]:

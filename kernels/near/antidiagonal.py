@@ -17,8 +17,9 @@ Scores are computed in float32; ties go to the earlier block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ class Antidiagonal(ScoredBlocks):
         super().__post_init__()
         if self.stride < 1 or BLOCK % self.stride:
             raise ValueError(f"stride must divide {BLOCK}, got {self.stride}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for setting in super().choices(shape):
+            cheap = setting.sink_keys < BLOCK
+            yield replace(setting, stride=2 * setting.stride) if cheap else setting
 
     def scores(self, inputs: Inputs, blocks: Tensor) -> Tensor:
         asking, _ = asking_queries(inputs, blocks, self.stride)

@@ -36,13 +36,15 @@ class BlockTopK(ScoredBlocks):
     predictor: ClassVar[str] = "top_block_mass_4"
     follows: ClassVar[bool] = True
 
-    settings: ClassVar[tuple[tuple[int, int], ...]] = (
-        (2, 2),
-        (4, 2),
-        (8, 2),
-        (8, 4),
-        (16, 4),
-        (32, 4),
+    settings: ClassVar[tuple[tuple[int, int, int], ...]] = (
+        (1, 1, 4),
+        (3, 1, 4),
+        (2, 2, BLOCK),
+        (4, 2, BLOCK),
+        (8, 2, BLOCK),
+        (8, 4, BLOCK),
+        (16, 4, BLOCK),
+        (32, 4, BLOCK),
     )
     settings_with_far: ClassVar[tuple[tuple[int, int], ...]] = ((2, 2), (8, 2))
 

@@ -46,8 +46,8 @@ class GlobalWindow(StaticPattern):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for window, every in ((64, 128), (128, 256)):
-            if 2 * every < shape.keys:
+        for window, every in ((32, 128), (64, 128), (128, 256), (128, 64), (256, 64), (512, 64)):
+            if 2 * max(window, every) < shape.keys:
                 yield cls(window, every)
 
     def cost(self, shape: AttentionShape) -> Cost:

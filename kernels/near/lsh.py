@@ -58,8 +58,10 @@ class LSH(SingleKeys):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 4 * 128 < shape.keys:
-            yield cls(16, 2, 32)
+        most = max(1, shape.keys // 1024) * 32
+        for rounds, top, window in ((1, 16, 16), (2, 32, 64), (2, 64, 128), (2, most, 128)):
+            if 4 * (window + top) < shape.keys:
+                yield cls(16, rounds, top, window)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         windows = Window(self.window, self.sinks).near(inputs, blocks)
@@ -92,7 +94,7 @@ class LSH(SingleKeys):
         return candidates.clamp(max=self.top * self.rounds)
 
     def chosen_macs(self, shape: AttentionShape, candidates: Tensor) -> float:
-        hashing = (shape.head_dim + self.rounds * self.buckets / 2) * shape.head_dim
+        hashing = self.rounds * self.buckets / 2 * shape.head_dim
         return float(hashing * (shape.queries + shape.keys))
 
     def tried_with_far(self, shape: AttentionShape) -> bool:
@@ -104,19 +106,27 @@ class LSH(SingleKeys):
 
     def _hashes(self, inputs: Inputs, query: Tensor) -> tuple[Tensor, Tensor]:
         """Buckets of queries and keys, int64 [batch, heads, rounds, queries or keys]."""
-        query, key = balance.coordinates(inputs, query)
-        return self._bucket(query), self._bucket(key)
+        if self.buckets > 1 and not _on_gpu(query):
+            onto = _rotations(query.shape[3], self.rounds, self.buckets)
+            both = balance.coordinates(inputs, query, onto=onto)
+            query, key = (self._largest(turned) for turned in both)
+        else:
+            query, key = (self._bucket(x) for x in balance.coordinates(inputs, query))
+        return query, key
 
     def _bucket(self, x: Tensor) -> Tensor:
         if self.buckets == 1:
             size = (*x.shape[:2], self.rounds, x.shape[2])
             return torch.zeros(size, dtype=torch.int64, device=x.device)
-        if x.is_cuda and x.dtype != torch.float64:
+        if _on_gpu(x):
             from attnplan.kernels.engines import index_triton
 
             turns = _rotations_on(x.shape[3], self.rounds, self.buckets, x.dtype, x.device)
             return index_triton.hash_codes(x, turns, self.rounds)
-        turned = x @ _rotations(x.shape[3], self.rounds, self.buckets).to(x)
+        return self._largest(x @ _rotations(x.shape[3], self.rounds, self.buckets).to(x))
+
+    def _largest(self, turned: Tensor) -> Tensor:
+        """Buckets of rows times R, [batch, heads, rows, rounds * buckets / 2]."""
         turned = turned.unflatten(3, (self.rounds, -1)).transpose(2, 3)
         return torch.cat([turned, -turned], dim=-1).argmax(-1)
 
@@ -141,6 +151,11 @@ class LSH(SingleKeys):
         found = torch.gather(order, -1, place.clamp(min=0).flatten(3)).view(place.shape) % keys
         found = torch.where(there, found, -1)  # [batch, heads, rounds, queries, top]
         return distinct(found.transpose(2, 3).flatten(3)).to(torch.int32)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether one kernel turns and compares."""
+    return x.is_cuda and x.dtype != torch.float64
 
 
 @lru_cache(maxsize=64)

@@ -48,8 +48,9 @@ class MoBA(SingleKeys):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if (4 + 2) * BLOCK < shape.keys:
-            yield cls(4)
+        for top in (1, 2, 4, 7, 14):
+            if (top + 2) * BLOCK < shape.keys:
+                yield cls(top)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         own = inputs.positions(blocks).flatten() // BLOCK

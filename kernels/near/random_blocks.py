@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import AttentionShape, Cost
+from attnplan.kernels.indexing import generator
 from attnplan.kernels.pattern import StaticPattern
 from attnplan.kernels.tile_list import BLOCK
 
@@ -46,8 +47,9 @@ class RandomBlocks(StaticPattern):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        if 8 * BLOCK < shape.keys:
-            yield cls(128, 3)
+        for window, blocks in ((32, 1), (128, 1), (128, 3), (128, 6), (256, 11)):
+            if window + 2 * blocks * BLOCK < shape.keys:
+                yield cls(window, blocks)
 
     def rule(self, i: Tensor, j: Tensor) -> Tensor:
         count = int(i.max().clamp(min=0)) // BLOCK + 1
@@ -80,5 +82,5 @@ class RandomBlocks(StaticPattern):
 @lru_cache(maxsize=65536)
 def _drawn(block: int, count: int, seed: int) -> tuple[int, ...]:
     """Up to `count` different blocks before `block`."""
-    generator = torch.Generator().manual_seed((seed << 32) + block)
-    return tuple(sorted(torch.randperm(block, generator=generator)[:count].tolist()))
+    drawn = torch.randperm(block, generator=generator(seed, block))[:count]
+    return tuple(sorted(drawn.tolist()))

@@ -3,7 +3,8 @@
 When a segment is complete, its keys are clustered by k-means in balanced, centred coordinates
 (`balance`), about one cluster per `PER_CLUSTER` keys. A query scores the mean key of every cluster
 before its own segment by its product with it, and reads the members of the clusters in the order of
-their scores until it has `top` keys; of the last cluster it reads the earliest ones.
+their scores until it has `top` keys; of the last cluster it reads the earliest ones. With a `rank`,
+clusters and scores are of so many of the strongest balanced directions.
 
 Source: Roy et al., Efficient Content-Based Sparse Attention with Routing Transformers,
 https://arxiv.org/abs/2003.05997, section 4. Unlike the paper, clusters come from the keys
@@ -14,14 +15,15 @@ Lloyd's algorithm runs `STEPS` times, from keys at equal distances.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import LATER, AttentionShape, Inputs, Moments
 from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
 from attnplan.kernels.slot_chunks import lloyd
 
@@ -37,8 +39,20 @@ class Routing(SegmentTokens):
     family: ClassVar[str] = "clustered"
     predictor: ClassVar[str] = "cluster_inertia"
 
+    rank: int = field(default=0, kw_only=True, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative, got {self.rank}")
+
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for setting in super().choices(shape):
+            yield setting if setting.segment == 256 else replace(setting, rank=16)
+
     def picker(self, inputs: Inputs, blocks: Tensor) -> Picker:
-        query, key = balance.coordinates(inputs, inputs.rows(blocks))
+        query, key = balance.coordinates(inputs, inputs.rows(blocks), rank=self.rank)
         clusters = [self._clusters(key[row, :, start:]) for row, start in enumerate(inputs.start)]
 
         def pick(past: Past) -> Tensor:
@@ -52,15 +66,22 @@ class Routing(SegmentTokens):
 
     def segment_macs(self, shape: AttentionShape, seen: int, queries: int) -> float:
         clusters = seen // self.segment * self._per_segment
-        return float(queries * clusters * shape.head_dim)
+        return float(queries * clusters * self._rank(shape))
 
     def once_macs(self, shape: AttentionShape) -> float:
-        mapping = (shape.queries + shape.keys) * shape.head_dim**2
-        return float(mapping + 2 * STEPS * shape.keys * self._per_segment * shape.head_dim)
+        mapping = (shape.queries + shape.keys) * shape.head_dim
+        clustering = 2 * STEPS * shape.keys * self._per_segment
+        return float((mapping + clustering) * self._rank(shape))
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        return balance.fit(moments)
+        return balance.fit(moments) | balance.fit_directions(moments)
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        return fitted if self.rank else balance.without_directions(fitted)
+
+    def _rank(self, shape: AttentionShape) -> int:
+        return min(self.rank or shape.head_dim, shape.head_dim)
 
     @property
     def _per_segment(self) -> int:

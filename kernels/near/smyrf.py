@@ -7,7 +7,8 @@ In balanced, centred coordinates (`balance`), with M the largest norm of the key
 
 so the nearest G(k) is the key of the largest product. In each of `rounds` rounds, queries and keys
 are projected on a random line; a query keeps the `top` / `rounds` keys beside it in the order of
-the line, found by binary search. A key that it meets in several rounds counts once.
+the line, found by binary search. A key that it meets in several rounds counts once. With a `rank`,
+all this is done in so many of the strongest balanced directions.
 
 Source: Daras et al., SMYRF: Efficient Attention using Asymmetric Clustering,
 https://arxiv.org/abs/2010.05315, section 3. Unlike the paper, every query is scaled to M, which
@@ -19,15 +20,16 @@ the shift is taken back. Rounds are united before the softmax. Lines are drawn o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.approximation import LATER, AttentionShape, Inputs, Moments
 from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
 from attnplan.kernels.token_selection import distinct
 
@@ -42,14 +44,22 @@ class Smyrf(SegmentTokens):
     cost_is_bound: ClassVar[bool] = True
 
     rounds: int = 2
+    rank: int = field(default=0, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rank < 0:
+            raise ValueError(f"rank must not be negative, got {self.rank}")
         if not 1 <= self.rounds <= self.top:
             raise ValueError(f"rounds must be between 1 and top {self.top}, got {self.rounds}")
 
+    @classmethod
+    def choices(cls, shape: AttentionShape) -> Iterator[Self]:
+        for setting in super().choices(shape):
+            yield setting if setting.segment == 256 else replace(setting, rank=16)
+
     def picker(self, inputs: Inputs, blocks: Tensor) -> Picker:
-        query, key = balance.coordinates(inputs, inputs.rows(blocks))
+        query, key = balance.coordinates(inputs, inputs.rows(blocks), rank=self.rank)
         lines = _lines(key.shape[3], self.rounds).to(key)
         norm = query.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(query.dtype).tiny)
         asked = query / norm @ lines[:-1]  # [batch, heads, rows, rounds]
@@ -71,12 +81,15 @@ class Smyrf(SegmentTokens):
         return float(self.rounds * seen)
 
     def once_macs(self, shape: AttentionShape) -> float:
-        mapped = shape.head_dim + self.rounds
-        return float((shape.queries + shape.keys) * shape.head_dim * mapped)
+        rank = min(self.rank or shape.head_dim, shape.head_dim)
+        return float((shape.queries + shape.keys) * rank * (shape.head_dim + self.rounds))
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:
-        return balance.fit(moments)
+        return balance.fit(moments) | balance.fit_directions(moments)
+
+    def reads(self, fitted: frozenset[str]) -> frozenset[str]:
+        return fitted if self.rank else balance.without_directions(fitted)
 
 
 def beside(wanted: Tensor, places: Tensor, count: int) -> Tensor:

@@ -42,9 +42,9 @@ class SortedBlocks(SegmentTokens):
             raise ValueError(f"bits must be between 1 and 30, got {self.bits}")
 
     def picker(self, inputs: Inputs, blocks: Tensor) -> Picker:
-        query, key = balance.coordinates(inputs, inputs.rows(blocks))
-        directions = _directions(key.shape[3], self.bits).to(key)
-        asked, ranks = (gray_rank(x @ directions > 0) for x in (query, key))
+        directions = _directions(inputs.key.shape[3], self.bits)
+        query, key = balance.coordinates(inputs, inputs.rows(blocks), onto=directions)
+        asked, ranks = (gray_rank(x > 0) for x in (query, key))
 
         def pick(past: Past) -> Tensor:
             line = ranks[past.row, :, past.low : past.high].sort(dim=-1, stable=True)
@@ -62,8 +62,7 @@ class SortedBlocks(SegmentTokens):
         return 0.0
 
     def once_macs(self, shape: AttentionShape) -> float:
-        mapped = shape.head_dim + self.bits
-        return float((shape.queries + shape.keys) * shape.head_dim * mapped)
+        return float((shape.queries + shape.keys) * shape.head_dim * self.bits)
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Vertical-slash: single keys that everybody reads, and block diagonals.
 
-Queries are cut into segments of `segment`. The 64 queries before a segment are attended to exactly;
-the segment then keeps, besides the sink block and `local` recent key blocks, the `columns` keys
-with the largest total probability (vertical lines, gather tiles) and the `diagonals` block
-distances with the largest total probability (slash lines, key blocks). The first segment is dense.
+Queries are cut into segments of `segment`. The last `probes` queries before a segment are attended
+to exactly; the segment then keeps, besides the sink block (or its `sink_keys` first keys, as
+vertical lines) and `local` recent key blocks, the `columns` keys with the largest total probability
+(vertical lines, gather tiles) and the `diagonals` block distances with the largest total
+probability (slash lines, key blocks). The first segment is dense.
 
 Source: Jiang et al., MInference 1.0, https://arxiv.org/abs/2407.02490, section 3.2 and algorithm 2.
 Unlike the paper, which estimates once from the last 64 queries of the prompt, every segment is
@@ -14,14 +15,14 @@ are computed in float32; ties go to the earlier key and the shorter distance.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.approximation import LATER, AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.block_pattern import BlockGrid, block_tiles
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.pattern import causal
@@ -40,6 +41,8 @@ class VerticalSlash(Selector):
     diagonals: int
     local: int = 2
     segment: int = 512
+    probes: int = field(default=BLOCK, kw_only=True, metadata=LATER)
+    sink_keys: int = field(default=BLOCK, kw_only=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.columns < 1:
@@ -50,12 +53,19 @@ class VerticalSlash(Selector):
             raise ValueError(f"local must be at least 1 block, got {self.local}")
         if self.segment < BLOCK or self.segment % BLOCK:
             raise ValueError(f"segment must be a multiple of {BLOCK}, got {self.segment}")
+        if not 1 <= self.probes <= self.segment:
+            raise ValueError(f"probes must be 1 to segment {self.segment}, got {self.probes}")
+        if not 1 <= self.sink_keys <= BLOCK:
+            raise ValueError(f"sink_keys must be 1 to {BLOCK} keys, got {self.sink_keys}")
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
         for columns, diagonals in ((64, 1), (128, 4)):
             if columns + (diagonals + 3) * BLOCK < shape.keys:
                 yield cls(columns, diagonals)
+        for columns, diagonals, segment in ((28, 0, 256), (60, 1, 256), (124, 3, 512)):
+            if columns + (diagonals + 1) * BLOCK + segment < shape.keys:
+                yield cls(columns, diagonals, 1, segment, probes=16, sink_keys=4)
 
     def near(self, inputs: Inputs, blocks: Tensor, floor: Tensor | None = None) -> TileList:
         grid = BlockGrid.of(inputs, blocks)
@@ -78,10 +88,12 @@ class VerticalSlash(Selector):
         """An upper bound where columns fall into kept blocks or diagonals leave the text."""
         row = torch.arange(shape.queries)
         i = row + shape.keys - shape.queries
-        kept = (self.local + self.diagonals + 0.5) * BLOCK + self.columns + BLOCK
-        pairs = torch.where(row < self.segment, i + 1, torch.clamp(i + 1, max=int(kept)))
-        probes = range(self.segment, shape.queries, self.segment)
-        seen = sum(BLOCK * (shape.keys - shape.queries + row) for row in probes)
+        first = row // BLOCK * BLOCK + shape.keys - shape.queries
+        recent = i + 1 - (first // BLOCK - self.local + 1).clamp(min=0) * BLOCK
+        kept = recent + self.diagonals * BLOCK + self.columns + self.sink_keys
+        pairs = torch.where(row < self.segment, i + 1, torch.minimum(i + 1, kept))
+        segments = range(self.segment, shape.queries, self.segment)
+        seen = sum(self.probes * (shape.keys - shape.queries + row) for row in segments)
         return Cost(2.0 * shape.head_dim * float(pairs.sum()), float(seen * shape.head_dim))
 
     def _choose(self, inputs: Inputs, blocks: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
@@ -91,12 +103,14 @@ class VerticalSlash(Selector):
         # padded sequences begin later: they are dense up to the segment of their first token
         begun = numbers_on(inputs.start, blocks.device)[:, None] - inputs.offset
         dense = (segment <= begun.clamp(min=0) // self.segment)[:, None, :, None]
-        chosen = (dense & (grid.key_block <= grid.last) & (grid.key_block >= grid.sink)) | (
-            grid.always(self.local)
-        )
+        always = grid.always(self.local)
+        if self.sink_keys < BLOCK:
+            always = always & ((grid.key_block != grid.sink) | grid.is_recent(self.local))
+        chosen = (dense & (grid.key_block <= grid.last) & (grid.key_block >= grid.sink)) | always
         batch, heads = inputs.query.shape[:2]
         chosen = chosen.expand(batch, heads, -1, -1).clone()
-        column = torch.full((batch, heads, len(blocks), self.columns), -1, device=blocks.device)
+        width = self.columns + self.sink_keys % BLOCK
+        column = torch.full((batch, heads, len(blocks), width), -1, device=blocks.device)
         for s in sorted(set(segment.tolist()) - {0}):
             here = torch.nonzero(segment == s)[:, 0]
             lines, distance = self._estimate(inputs, s)
@@ -105,28 +119,31 @@ class VerticalSlash(Selector):
             marks = torch.zeros_like(chosen[:, :, here], dtype=torch.int32)
             marks.scatter_add_(-1, diagonal.clamp(min=0), ok.expand_as(diagonal).int())
             chosen[:, :, here] |= marks > 0
-            column[:, :, here] = lines[:, :, None].expand(-1, -1, len(here), -1)
+            column[:, :, here] = lines[:, :, None].masked_fill(dense[:, :, here], -1)
         covered = torch.gather(chosen, 3, column.clamp(min=0) // BLOCK)
         return chosen, torch.where(covered, -1, column)
 
     def _estimate(self, inputs: Inputs, segment: int) -> tuple[Tensor, Tensor]:
-        """Best keys [batch, heads, columns] and block distances [batch, heads, diagonals]."""
+        """Best keys and sinks [batch, heads, lines], and distances [batch, heads, diagonals]."""
         end = segment * self.segment  # row after the last probe
         wide = torch.promote_types(inputs.query.dtype, torch.float32)
-        probe = inputs.query[:, :, end - BLOCK : end].to(wide)
+        probe = inputs.query[:, :, end - self.probes : end].to(wide)
         seen = inputs.offset + end
         key = inputs.key[:, list(inputs.kv_head), :seen].to(wide)
-        i = torch.arange(seen - BLOCK, seen, device=key.device)[:, None]
+        i = torch.arange(seen - self.probes, seen, device=key.device)[:, None]
         j = torch.arange(seen, device=key.device)
         start = numbers_on(inputs.start, key.device)[:, None, None, None]
         logits = probe @ key.mT * inputs.scale
         logits = logits.masked_fill(~((j <= i) & (j >= start)), float("-inf"))
         mass = torch.softmax(logits, -1).nan_to_num().sum(2)  # [batch, heads, seen]
         mass = mass.masked_fill(j < start[:, 0], -1.0)
-        order = torch.sort(mass, dim=-1, descending=True, stable=True).indices
+        sinks = start[:, 0] + torch.arange(self.sink_keys % BLOCK, device=key.device)
+        first = start[:, 0] + self.sink_keys % BLOCK
+        order = torch.sort(mass.masked_fill(j < first, -1.0), descending=True, stable=True).indices
         lines = order[..., : self.columns]
-        lines = torch.where(lines < start[:, 0], -1, lines)
+        lines = torch.where(lines < first, -1, lines)
         lines = torch.nn.functional.pad(lines, (0, self.columns - lines.shape[-1]), value=-1)
+        lines = torch.cat([lines, sinks.expand(*lines.shape[:2], -1)], -1)
         blocks = torch.nn.functional.pad(mass.clamp(min=0), (0, -seen % BLOCK))
         blocks = blocks.unflatten(-1, (-1, BLOCK)).sum(-1)
         distance = torch.arange(blocks.shape[-1], device=key.device)
