@@ -371,8 +371,8 @@ class Frame:
     scale: float
 
     @classmethod
-    def of(cls, inputs: Inputs, directions: int) -> Frame:
-        """The frame of the strongest `directions` directions."""
+    def of(cls, inputs: Inputs, directions: int | None = None) -> Frame:
+        """The frame of the strongest `directions` directions, of all if None."""
         dtype = torch.promote_types(inputs.key.dtype, torch.float32)
 
         def fitted(name: str) -> Tensor:

@@ -112,7 +112,7 @@ class SegmentTokens(SingleKeys):
         return self.cost(shape).selection
 
     def tried_with_far(self, shape: AttentionShape) -> bool:
-        return shape.keys >= LEAST
+        return shape.keys >= LEAST and (self.top, self.segment) == (64, 256)
 
     def keep(self, inputs: Inputs) -> Tensor:
         blocks = torch.arange(inputs.blocks, device=inputs.query.device)

@@ -46,7 +46,7 @@ class GlobalWindow(StaticPattern):
 
     @classmethod
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
-        for window, every in ((32, 128), (64, 128), (128, 256), (128, 64), (256, 64), (512, 64)):
+        for window, every in ((32, 128), (64, 128), (128, 256), (128, 64), (256, 64)):
             if 2 * max(window, every) < shape.keys:
                 yield cls(window, every)
 

@@ -98,7 +98,7 @@ class LSH(SingleKeys):
         return float(hashing * (shape.queries + shape.keys))
 
     def tried_with_far(self, shape: AttentionShape) -> bool:
-        return shape.keys >= LEAST
+        return shape.keys >= LEAST and (self.rounds, self.top) == (2, 32)
 
     @classmethod
     def fit(cls, moments: Moments) -> dict[str, Tensor]:

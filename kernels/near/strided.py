@@ -48,7 +48,7 @@ class Strided(StaticPattern):
     def choices(cls, shape: AttentionShape) -> Iterator[Self]:
         for window, stride, span in (
             *((64, 4, 1024), (32, 16, shape.keys), (64, 16, shape.keys)),
-            *((128, 8, shape.keys), (256, 8, shape.keys), (512, 8, shape.keys)),
+            *((128, 8, shape.keys), (256, 8, shape.keys)),
         ):
             if window < span <= shape.keys:
                 yield cls(window, stride, span)
