@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from attnplan.cache import Kept, convert
 from attnplan.running import RUNNING, Running
-from attnplan.runtime import ModelState
+from attnplan.runtime import NAME, ModelState
 
 _PREPARE = "_prepare_cache_for_generation"
 
@@ -34,6 +34,15 @@ class Following:
     plan: ModelState
     layers: Mapping[int, Kept]
 
+    def is_followed(self, module: Any) -> bool:
+        """Whether an attention module runs the plan: nobody chose another implementation since.
+
+        What runs otherwise reads its cache as it is.
+        """
+        config = getattr(module, "config", None)
+        is_ours = getattr(config, "_attn_implementation", NAME) == NAME
+        return is_ours and not self.plan.is_away(module)
+
     def convert(self, cache: Any) -> None:
         """See `cache.convert`."""
         convert(cache, self.layers, self.plan.kept_context)
@@ -48,8 +57,8 @@ class NoteCache:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         found = next((each for each in (*options.values(), *args) if isinstance(each, Cache)), None)
-        if self.following.plan.is_away(module):
-            found = None  # dense attention runs, over a cache as it is
+        if not self.following.is_followed(module):
+            found = None
         self.following.convert(found)
         now = RUNNING.get()
         outer = now if now is not None and now.plan is not self.following.plan else None
@@ -93,7 +102,7 @@ class PrepareCache:
             method = getattr(type(self.model), _PREPARE)
             found = method(self.model, config, options, *args, **kwargs)
         for cache in [each for each in options.values() if isinstance(each, Cache)]:
-            if not self.following.plan.is_away(self.model.get_submodule(self.first)):
+            if self.following.is_followed(self.model.get_submodule(self.first)):
                 self.following.convert(cache)
             if getattr(config, "is_assistant", False):
                 cache.activate_past_recording()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from attnplan.attention_sites import attention_sites
 from attnplan.encoder import patch_encoder
@@ -280,11 +288,40 @@ def test_another_dtype_runs_dense_until_it_is_back(model: Any, plan: Plan) -> No
     assert torch.equal(logits(unpatch(forced)), dense)
 
 
+KEPT = DecodeSection((1, 256), ((Recent(32, 2),) * 2,) * 2)
+
+
+def through(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return logits(model, ids, **{name: cache, "use_cache": True})
+
+
+def test_switching_away_from_a_plan_that_stores_less(model: Any, plan: Plan) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    model.set_attn_implementation("eager")
+    dense, cache = model.generate(IDS, **options), DynamicCache()
+    steps = [through(model, cache, IDS[:, :12]), through(model, cache, IDS[:, :1])]
+    patch(model, replace(plan, decode=(KEPT,)))
+    planned, few, many = model.generate(IDS, **options), DynamicCache(), DynamicCache()
+    assert not torch.equal(planned, dense)
+    through(model, few, IDS[:, :12])
+    through(model, many, IDS.repeat(1, 3))
+    model.set_attn_implementation("eager")
+    assert torch.equal(model.generate(IDS, **options), dense)
+    cache = DynamicCache()
+    assert torch.equal(through(model, cache, IDS[:, :12]), steps[0])
+    assert torch.equal(through(model, cache, IDS[:, :1]), steps[1])
+    assert torch.allclose(through(model, few, IDS[:, :1]), steps[1], atol=1e-3)
+    with pytest.raises(ValueError, match="filled under a plan that does not run here"):
+        through(model, many, IDS[:, :1])
+    model.set_attn_implementation("attnplan")
+    assert torch.equal(model.generate(IDS, **options), planned)
+
+
 def test_another_dtype_keeps_everything_while_decoding(model: Any, plan: Plan) -> None:
-    kept = DecodeSection((1, 256), ((Recent(32, 2),) * 2,) * 2)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     dense = build().to(torch.bfloat16).generate(IDS, **options)
-    patch(model, replace(plan, decode=(kept,))).to(torch.bfloat16)
+    patch(model, replace(plan, decode=(KEPT,))).to(torch.bfloat16)
     with pytest.warns(UserWarning, match="this model is on cpu in bfloat16"):
         assert torch.equal(model.generate(IDS, **options), dense)
     assert ran(model) == {ELSEWHERE: 1, CONTINUED: 11}
