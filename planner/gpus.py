@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL
+from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, SLOTS
 from attnplan.profiles.records import DeviceIdentity
 
 Floats = NDArray[np.float64]
@@ -148,7 +148,8 @@ def tiles_of(approximation: Approximation, queries: int, keys: int, head_dim: in
     inputs = noise(queries, keys, head_dim)
     tiles, _ = approximation.tiles(inputs, sampled)
     kind, _, mask = tiles.tiles.unbind(1)
-    loop = torch.where(kind == CONTIGUOUS, (mask != FULL).int(), kind + 1)
+    others = torch.where(kind == SLOTS, 3, 2)  # keys that leave their slots are gathered too
+    loop = torch.where(kind == CONTIGUOUS, (mask != FULL).int(), others)
     row = torch.repeat_interleave(torch.arange(tiles.rows), tiles.offsets.long().diff())
     counts = torch.bincount(row * 4 + loop, minlength=4 * tiles.rows).view(-1, 4).numpy()
     at = np.arange(blocks)
