@@ -67,6 +67,9 @@ class AttentionShape:
 class Cost:
     """Multiply-adds of one head of one sequence; they predict, benchmarks measure.
 
+    Sorts, top-k, hashes, gathers and exponentials are not counted: they are no multiply-adds, and
+    what they take depends on the device. Where cost decides, measured time does.
+
     Attributes:
         attention: scores and weighted values, over keys and slots.
         selection: whatever it takes to choose the keys, to make the slots, or to sum over keys

@@ -39,6 +39,10 @@ HEADERS = (
     "wins",
     "predictor",
 )
+COSTS = (
+    "Density counts multiply-adds alone, of attention, selection and slots: sorts, top-k, hashes, "
+    "gathers and exponentials are not in it. What a method costs is its time, measured, vs dense."
+)
 
 
 @dataclass(frozen=True)

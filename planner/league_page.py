@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from attnplan.league import HEADERS, Entry, lines
+from attnplan.league import COSTS, HEADERS, Entry, lines
 from attnplan.profiles.output_files import check_output, replace_file
 
 ROW, LEFT, WIDTH = 24, 250, 560
@@ -64,7 +64,7 @@ def _is_page(path: Path) -> bool:
 def markdown(entries: Sequence[Entry], title: str, command: str) -> str:
     rows = [list(HEADERS), ["---"] * len(HEADERS), *lines(entries)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"# {title}\n\n```\n{command}\n```\n\n{table}\n"
+    return f"# {title}\n\n```\n{command}\n```\n\n{COSTS}\n\n{table}\n"
 
 
 def page(entries: Sequence[Entry], title: str, command: str) -> str:
@@ -74,7 +74,8 @@ def page(entries: Sequence[Entry], title: str, command: str) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{escape(title)}</h1><p><code>{escape(command)}</code></p>"
         "<p>Predicted KL, in nats per token, where every head chooses among a method's settings "
-        "and dense attention (bars), and with all heads on one setting (rings). Logarithmic.</p>"
+        "and dense attention (bars), and with all heads on one setting (rings). Logarithmic. "
+        f"{escape(COSTS)}</p>"
         f"{chart(entries)}<table>{''.join(cells)}</table></html>\n"
     )
 

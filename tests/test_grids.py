@@ -45,6 +45,16 @@ def test_every_method_reaches_every_cost(keys: int, heads: tuple[int, int, int])
             assert max(d for d in densities if d <= 0.25) >= 0.07, (name, densities)
 
 
+@pytest.mark.parametrize("keys", [4096, 8192])
+def test_no_row_of_a_league_is_empty(keys: int) -> None:
+    """Pairs of methods too have a setting within the density that methods are compared at."""
+    shape = AttentionShape(1, 9, 3, keys, keys, 64)
+    least: dict[str, float] = {}
+    for a in candidates(shape):
+        least[a.name] = min(a.density(shape), least.get(a.name, 1.0))
+    assert {name for name, density in least.items() if density > 0.25} == {"dense"}
+
+
 @pytest.mark.parametrize("keys", [2048, 4096, 8192, 32768])
 def test_searches_stay_short(keys: int) -> None:
     """Every candidate is scored on every head that it could suit."""

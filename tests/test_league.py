@@ -14,7 +14,7 @@ from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.window import Window
-from attnplan.league import Entry, lines, table
+from attnplan.league import COSTS, HEADERS, Entry, lines, table
 from attnplan.scoring import ScoreTable
 from attnplan.search.latency import LatencyModel
 from attnplan.timing import spell
@@ -86,6 +86,8 @@ def test_the_table_is_written_as_its_name_ends(tmp_path: Path) -> None:
     markdown = (tmp_path / "table.md").read_text()
     assert markdown.count("\n|") == 2 + len(rows) and "attnplan compare x" in markdown
     page = (tmp_path / "table.html").read_text()
+    # density is no time, and both forms say so beside the measured one
+    assert COSTS in markdown and COSTS in page and "vs dense" in HEADERS
     assert "All &lt;methods&gt;" in page and "All <methods>" not in page
     svg = ElementTree.fromstring(league_page.chart(rows))
     kinds = [child.tag.rpartition("}")[2] for child in svg]

@@ -122,7 +122,7 @@ class MoBA(SingleKeys):
         return scoring * shape.head_dim
 
     def tried_with_far(self, shape: AttentionShape) -> bool:
-        return shape.keys >= LEAST and self.top == 4
+        return shape.keys >= LEAST and self.top in (2, 4)
 
     def _chosen(self, inputs: Inputs, blocks: Tensor, high: Tensor) -> Tensor:
         """The chosen key blocks of every row, int32 [batch, heads, 64 * len(blocks), top].
