@@ -194,7 +194,7 @@ def page() -> str:
             "attnplan.predictions import page; print(page(), end=str())'`: the estimates that "
             "`attnplan search --target h100` plans with, for bfloat16, causal, batch 1, 32 heads "
             "and 8 kv heads. The constants of the model reproduce timings of one H200 at 1,024 to "
-            "32,768 tokens (`docs/gpu-h200.md`) within 10 %; at 131,072, where caches are too "
+            "32,768 tokens (`docs/gpu-h200.md`) within 12 %; at 131,072, where caches are too "
             "small, layers take up to 26 % longer than it says. The H100 is an extrapolation. The "
             "model knows nothing of caches, of clocks under load, or of the time that the host "
             "takes to start a kernel.",

