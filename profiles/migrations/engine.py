@@ -181,7 +181,8 @@ def _check_file(path: Path) -> None:
         return
     for suffix in ("-wal", "-shm", "-journal"):
         beside = path.with_name(path.name + suffix)
-        if os.path.lexists(beside):
+        # the database itself, if there is one by now, is just being made by another process
+        if os.path.lexists(beside) and not os.path.lexists(path):
             raise DatabaseError(
                 f"{beside} is in the way: SQLite would replace it; name another database"
             )
