@@ -21,6 +21,7 @@ from attnplan.profiles.digest import digest
 from attnplan.profiles.side_by_side import side_by_side
 from attnplan.profiling import Advance, Workload, captured_text, fitted_tensors, silent
 from attnplan.search.scores import Observed, sampled_blocks, score_layer
+from attnplan.search.shortlist import shortlist
 
 BLOCKS = 12
 """Query blocks of a text that candidates are compared on."""
@@ -28,9 +29,9 @@ SLACK = 1.5
 """After the first text a candidate is dropped on a head where one that costs no more, in
 multiply-adds and in time, loses less by this factor."""
 SCOUTED = 4
-"""One layer in so many is scouted."""
-RARE = 0.03
-"""A candidate that fewer heads could want is dropped by the scout."""
+"""One layer in so many is scouted, of models with `HEADS` heads in these."""
+HEADS = 64
+"""Fewer heads than this tell too little of the others."""
 NOISE = 1.05
 """Times that differ by less than this factor are the same."""
 
@@ -108,22 +109,25 @@ def scout(
     run: records.ProfileRun,
     candidates: tuple[Approximation, ...],
 ) -> tuple[Approximation, ...]:
-    """The candidates that some heads of a few layers could want, on the first text.
+    """The candidates that some heads of a few layers would miss, on the first text.
 
-    A candidate is dropped where nearly every head has one of no larger density that loses far less;
-    static ones, which choose nothing online, are held against static ones alone.
+    Candidates are held against all others, and again among those that pick no single keys and among
+    the static ones: both are faster than their density tells.
     """
     job = _Job(loaded, work, store, files, run, candidates, "scout")
-    first = min(SCOUTED // 2, loaded.identity.layers - 1)
-    layers = list(range(first, loaded.identity.layers, SCOUTED))
+    every = max(1, min(SCOUTED, loaded.identity.layers * loaded.identity.heads // HEADS))
+    first = min(every // 2, loaded.identity.layers - 1)
+    layers = list(range(first, loaded.identity.layers, every))
     done = store.scores_done(run.id, job.asked)
     wanted = [layer for layer in layers if (0, layer) not in done]
     if wanted:
         job.score(0, wanted, np.isnan(job.known()[0]))
-    fisher = job.known()[0][layers]
-    online = np.array([float(not candidate.static) for candidate in candidates])
-    share = promising(fisher, job.density, online).mean((0, 1))
-    return tuple(c for c, wanted in zip(candidates, share >= RARE, strict=True) if wanted)
+    fisher = job.known()[0][layers].reshape(-1, len(candidates))
+    classes = [
+        np.array([true(candidate) for candidate in candidates])
+        for true in (lambda a: True, lambda a: not a.near.picks_keys, lambda a: a.static)
+    ]
+    return tuple(candidates[c] for c in shortlist(fisher, job.density, classes))
 
 
 @dataclass(frozen=True)

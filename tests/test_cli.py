@@ -473,7 +473,7 @@ def test_a_search_leaves_scores_timings_and_no_captured_tensors(
 ) -> None:
     scores = rows(searched, "candidate_scores")
     shards = rows(searched, "score_shards")
-    assert len(shards) == 1 + 2 * 2  # the scouted layer; a text and the repeated string, two layers
+    assert len(shards) == 2 + 2 * 2  # two layers: scouted, on a text, on the string
     first = [row for row in scores if row[1] == 0]  # no head is left out on the first text
     assert len(first) % 4 == 0 and len(first) > 0
     assert rows(searched, "kernel_timings")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from tests import tiny_model
 
-from attnplan import scoring
 from attnplan.evaluate import Quality, Reference
 from attnplan.explain import timing_rows
 from attnplan.kernels import catalog, keepers
@@ -241,8 +240,8 @@ def test_a_candidate_is_hopeless_beside_a_cheaper_and_better_one() -> None:
     assert promising(np.array([0.0, 1, 9, 0.1]), density, ms).tolist() == [1, 1, 0, 1]
 
 
-def test_a_scout_drops_what_no_head_could_want(
-    job: Job, outcome: Outcome | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_scout_drops_what_no_head_would_miss(
+    job: Job, outcome: Outcome | str, tmp_path: Path
 ) -> None:
     files = capture_files(run_key(job.loaded, job.work), tmp_path)
     offered = candidates(job.shape)
@@ -250,25 +249,22 @@ def test_a_scout_drops_what_no_head_could_want(
     with Store(job.url) as store:
         run = store.runs()[0]
         some = scout(job.loaded, job.work, store, files, run, offered)
-        assert some[0].is_dense and set(some) <= set(offered)
         stored = store.load_scores(run.id)
-        monkeypatch.setattr(scoring, "RARE", 1.0)
-        strict = scout(job.loaded, job.work, store, files, run, offered)
-    fisher = np.zeros((4, len(offered)))
+    fisher = np.full((2, 4, len(offered)), np.nan)
     for text, layer, head, c, value in zip(
         *(stored.sequence, stored.layer, stored.head, stored.approximation, stored.fisher),
         strict=True,
     ):
-        if text == 0 and layer == 1 and stored.names[c] in names:
-            fisher[head, names.index(stored.names[c])] = value
-    for c, candidate in enumerate(offered):
-        beaten = any(
-            rival.density(job.shape) <= candidate.density(job.shape)
-            and (rival.static or not candidate.static)
-            and (fisher[:, c] > 1.5 * fisher[:, r]).any()
-            for r, rival in enumerate(offered)
-        )
-        assert (candidate in strict) == (not beaten), names[c]
+        if text == 0 and stored.names[c] in names:
+            fisher[layer, head, names.index(stored.names[c])] = value
+    assert not np.isnan(fisher).any()  # a model with so few heads is scouted whole
+    assert some[0].is_dense and len(some) < 0.8 * len(offered)
+    density = np.array([a.density(job.shape) for a in offered])
+    left = [offered.index(a) for a in some]
+    for price in np.geomspace(1e-5, 1e2, 40) * fisher.max():
+        priced = (fisher + price * density).reshape(8, -1)
+        assert priced[:, left].min(-1).sum() <= 1.02 * priced.min(-1).sum()
+    assert any(a.static for a in some[1:])
 
 
 def test_stored_scores_predict_the_measured_kl(
