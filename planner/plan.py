@@ -31,7 +31,6 @@ whatever the length; `decode: dense` keeps everything.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,136 +40,36 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from attnplan import plan_output
+from attnplan import plan_file, plan_output
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keeper import Keeper
 from attnplan.plan_fitted import check_fitted
+from attnplan.plan_identity import ModelIdentity
+from attnplan.plan_sections import (
+    Assignment,
+    DecodeSection,
+    Section,
+    Target,
+    check_assignment,
+    check_keepers,
+)
 from attnplan.plan_yaml import PlanError, plain
-from attnplan.profiles import magnitudes
-from attnplan.profiles.magnitudes import Magnitudes
 from attnplan.profiles.output_files import replace_files
 
-__all__ = ["DecodeSection", "ModelIdentity", "Plan", "PlanError", "Section", "Target"]
+__all__ = [
+    "Assignment",
+    "DecodeSection",
+    "Fitted",
+    "ModelIdentity",
+    "Plan",
+    "PlanError",
+    "Section",
+    "Target",
+]
 
 Fitted = Mapping[int, Mapping[str, Tensor]]
 """Layer to what its methods were fitted with: 'method.tensor' to a tensor."""
-Assignment = tuple[tuple[Approximation, ...], ...]
-"""What each head of each layer runs: `assignment[layer][head]`."""
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model a plan was made for.
-
-    Attributes:
-        name: what the user called it; for people, never compared.
-        architecture: class of the model, such as LlamaForCausalLM.
-        layers: attention layers, numbered in the order in which a forward pass calls them.
-        heads, kv_heads, head_dim: sizes of every attention layer.
-        rope: rotary parameters of the configuration; empty when there are none.
-        max_context: longest text the model was made for, or None when it does not say.
-        weights: digest of the signs of the weights, independent of their floating-point type.
-        magnitudes: how large they are, compared with a tolerance; None in older plans.
-    """
-
-    name: str
-    architecture: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope: Mapping[str, Any]
-    max_context: int | None
-    weights: str
-    magnitudes: Magnitudes | None = field(default=None, compare=False)
-
-    def prefill_shape(self, length: int) -> AttentionShape:
-        """Sizes of a layer's attention while one text of `length` tokens is read."""
-        return AttentionShape(1, self.heads, self.kv_heads, length, length, self.head_dim)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of everything but the name and the magnitudes: a digest knows no tolerance."""
-        left_out = ("name", "magnitudes")
-        told = {key: value for key, value in asdict(self).items() if key not in left_out}
-        return "sha256:" + hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
-
-    def difference(self, other: ModelIdentity) -> str | None:
-        """How `other` is another model, in words, or None when it is the same.
-
-        Names and context limits may differ, and so may rotary parameters that only one side spells
-        out: library versions write different defaults.
-        """
-        for name in ("architecture", "layers", "heads", "kv_heads", "head_dim", "weights"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{name} is {_short(mine)}, not {_short(theirs)}"
-        for key in self.rope.keys() & other.rope.keys():
-            if self.rope[key] != other.rope[key]:
-                return f"rope {key} is {self.rope[key]}, not {other.rope[key]}"
-        return magnitudes.difference(self.magnitudes, other.magnitudes)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plan was made for: where its times were taken, or predicted.
-
-    Attributes:
-        device: name of the device.
-        kind: torch device type, such as cpu or cuda.
-        dtype: floating-point type of the model, such as bfloat16.
-        engine: executor of the kernels.
-        versions: library to version.
-        batch: smallest and largest batch it was measured with.
-    """
-
-    device: str
-    kind: str
-    dtype: str
-    engine: str
-    versions: Mapping[str, str]
-    batch: tuple[int, int] = (1, 1)
-
-
-@dataclass(frozen=True)
-class Section:
-    """What prefill runs at some lengths.
-
-    Attributes:
-        context: first and last length, both included.
-        layers: for each layer, for each head, its approximation.
-    """
-
-    context: tuple[int, int]
-    layers: Assignment
-
-    def __post_init__(self) -> None:
-        low, high = self.context
-        if not 1 <= low <= high:
-            raise PlanError(
-                f"context must be [low, high] with 1 <= low <= high, got [{low}, {high}]"
-            )
-
-
-@dataclass(frozen=True)
-class DecodeSection:
-    """What is kept of the past while decoding.
-
-    Attributes:
-        context: first and last length that it was made for.
-        layers: for each layer, for each kv head, its keeper.
-    """
-
-    context: tuple[int, int]
-    layers: tuple[tuple[Keeper, ...], ...]
-
-    def __post_init__(self) -> None:
-        low, high = self.context
-        if not 1 <= low <= high:
-            raise PlanError(
-                f"context must be [low, high] with 1 <= low <= high, got [{low}, {high}]"
-            )
 
 
 @dataclass(frozen=True)
@@ -245,16 +144,14 @@ class Plan:
         return cls(model, target, names, (Section(context, layers),), evidence or {}, used)
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    def load(cls, path: str | Path) -> Self:
         """The plan of a YAML file.
 
         Raises:
             PlanError: the file, or its fitted data, is missing, broken or changed; the message
                 names the place.
         """
-        from attnplan.plan_file import parse
-
-        return parse(Path(path))
+        return plan_file.parse(Path(path), cls)
 
     def save(self, path: str | Path, *, fitted: Fitted | None = None) -> None:
         """Write the plan, replacing the file in one step, and its fitted data beside it.
@@ -266,8 +163,6 @@ class Plan:
         Raises:
             PlanError: a method needs fitted data that is not there, or another file is in the way.
         """
-        from attnplan.plan_file import spell
-
         path = Path(path)
         plan = self
         if fitted is not None:
@@ -283,7 +178,7 @@ class Plan:
         else:
             contents[data] = _packed(plan.fitted)
             plan = replace(plan, digest=plan_output.digest_of(contents[data]))
-        contents[path] = spell(plan, data.name).encode()
+        contents[path] = plan_file.spell(plan, data.name).encode()
         outdated = not plan.fitted and plan_output.owns_data(path)
         replace_files(contents)
         if outdated:
@@ -340,38 +235,6 @@ class Plan:
         return "; ".join(parts)
 
 
-def check_assignment(layers: Assignment, model: ModelIdentity) -> None:
-    """Raises PlanError unless there is an approximation for every head of every layer."""
-    if len(layers) != model.layers:
-        raise PlanError(f"plan has {len(layers)} layers, {model.name} has {model.layers}")
-    for layer, row in enumerate(layers):
-        if len(row) != model.heads:
-            raise PlanError(
-                f"layer {layer}: plan has {len(row)} heads, {model.name} has {model.heads}"
-            )
-
-
-def check_keepers(layers: tuple[tuple[Keeper, ...], ...], model: ModelIdentity) -> None:
-    """Raises PlanError unless there is a keeper for every kv head of every layer."""
-    if len(layers) != model.layers:
-        raise PlanError(f"decode has {len(layers)} layers, {model.name} has {model.layers}")
-    for layer, row in enumerate(layers):
-        if len(row) != model.kv_heads:
-            raise PlanError(
-                f"decode, layer {layer}: {len(row)} kv heads, {model.name} has {model.kv_heads}"
-            )
-
-
-def keeper_names(plan: Plan) -> dict[str, Keeper]:
-    """Short names that no method of the plan has."""
-    names: dict[str, Keeper] = {}
-    for keeper in dict.fromkeys(keeper for row in plan.keepers for keeper in row):
-        knobs = [str(value) for value in asdict(keeper).values()]  # type: ignore[call-overload]
-        name = "-".join([keeper.name, *knobs])
-        names[f"keep-{name}" if name in plan.methods else name] = keeper
-    return names
-
-
 def method_names(approximations: Iterable[Approximation]) -> dict[str, Approximation]:
     """Short names: the method's, with the knobs in which the plan's uses of it differ."""
     by_name: dict[str, list[Approximation]] = {}
@@ -426,8 +289,3 @@ def _packed(fitted: Fitted) -> bytes:
         for name, tensor in sorted(row.items())
     }
     return safetensors.torch.save(tensors)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:20] + "..."

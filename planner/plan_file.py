@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -15,14 +15,8 @@ from torch import Tensor
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keeper import Keeper
-from attnplan.plan import (
-    DecodeSection,
-    ModelIdentity,
-    Plan,
-    Section,
-    Target,
-    keeper_names,
-)
+from attnplan.plan_identity import ModelIdentity
+from attnplan.plan_sections import DecodeSection, Section, Target
 from attnplan.plan_yaml import (
     Entry,
     Flow,
@@ -36,6 +30,9 @@ from attnplan.plan_yaml import (
     write,
 )
 
+if TYPE_CHECKING:
+    from attnplan.plan import Plan
+
 VERSION = 1
 MOST = {"layers": 1 << 12, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 10}
 """Of the sizes of a model."""
@@ -43,6 +40,7 @@ MOST_HEADS = 1 << 17
 """Of a model, all layers together."""
 
 _Named = TypeVar("_Named", Approximation, Keeper)
+_Plan = TypeVar("_Plan", bound="Plan")
 
 
 def spell(plan: Plan, data_file: str) -> str:
@@ -55,7 +53,7 @@ def spell(plan: Plan, data_file: str) -> str:
     data["target"] = readable(plain(asdict(plan.target), "target"))
     data["methods"] = {n: readable(catalog.to_dict(a)) for n, a in plan.methods.items()}
     data["methods"] = {n: Flow(d) for n, d in data["methods"].items()}
-    kept = keeper_names(plan)
+    kept = _keeper_names(plan)
     data["methods"] |= {n: Flow(readable(keepers.to_dict(k))) for n, k in kept.items()}
     names: dict[Approximation | Keeper, str] = {k: n for n, k in kept.items()}
     for name, approximation in plan.methods.items():
@@ -93,8 +91,22 @@ def _spell_layers(
     return spelled
 
 
-def parse(path: Path) -> Plan:
+def _keeper_names(plan: Plan) -> dict[str, Keeper]:
+    """Short names that no method of the plan has."""
+    names: dict[str, Keeper] = {}
+    for keeper in dict.fromkeys(keeper for row in plan.keepers for keeper in row):
+        knobs = [str(value) for value in asdict(keeper).values()]  # type: ignore[call-overload]
+        name = "-".join([keeper.name, *knobs])
+        names[f"keep-{name}" if name in plan.methods else name] = keeper
+    return names
+
+
+def parse(path: Path, kind: type[_Plan]) -> _Plan:
     """The plan of a YAML file, its structure checked entry by entry.
+
+    Args:
+        path: the YAML file.
+        kind: the class of plans, which reads its files with this module and is not known to it.
 
     Raises:
         PlanError: the message names the file, the place and the line.
@@ -134,7 +146,7 @@ def parse(path: Path) -> Plan:
     target = _parse_target(fields["target"])
     told = {} if evidence is None else evidence.plain()
     try:
-        plan = Plan(model, target, methods, tuple(sections), told, fitted, digest, tuple(decode))
+        plan = kind(model, target, methods, tuple(sections), told, fitted, digest, tuple(decode))
         plan.check_fitted()
     except PlanError as error:
         raise fields.get("data", top).error(str(error)) from None

@@ -10,10 +10,11 @@ from torch import Tensor
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.fitted import Sizes, layout
+from attnplan.plan_identity import ModelIdentity
 from attnplan.plan_yaml import PlanError
 
 if TYPE_CHECKING:
-    from attnplan.plan import ModelIdentity, Plan
+    from attnplan.plan import Plan
 
 
 def check_fitted(plan: Plan) -> None:
