@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from attnplan.patch import load, patch, unpatch
     from attnplan.plan import Plan
 
-__version__ = "0.1.0"
 __all__ = ["Plan", "load", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("attnplan")
     if name not in __all__:
         raise AttributeError(f"module 'attnplan' has no attribute {name!r}")
     from importlib import import_module

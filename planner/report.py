@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
-from attnplan import __version__
 from attnplan.kernels import keepers
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
@@ -108,7 +108,7 @@ def to_plan(
         kind=costs.device.kind,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         engine=f"{costs.device.kind} {costs.engine}",
-        versions={**costs.device.versions, "attnplan": __version__},
+        versions={**costs.device.versions, "attnplan": version("attnplan")},
     )
     predicted: dict[str, Any] = {
         "kl_per_token": _short(choice.predicted_kl),
@@ -251,7 +251,7 @@ def with_memory(
         kind=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
         engine=f"{model.device.type} {engine_digest(model.device.type)}",
-        versions={**device.versions, "attnplan": __version__},
+        versions={**device.versions, "attnplan": version("attnplan")},
     )
     evidence: dict[str, Any] = dict(prefill.evidence) if prefill is not None else {}
     evidence["memory"] = {
