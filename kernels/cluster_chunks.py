@@ -131,8 +131,22 @@ class ClusterCompressor(ChunkCompressor):
         self, inputs: Inputs, chunks: int, sinks: Sequence[int], members: bool = False
     ) -> Slots:
         if not members and inputs.key.is_cuda and inputs.key.dtype != torch.float64:
-            from attnplan.kernels.engines import cluster_triton
-
-            if cluster_triton.serves(self, inputs):
-                return cluster_triton.compress(self, inputs, chunks, sinks)
+            made = self.by_kernel(inputs, chunks, sinks)
+            if made is not None:
+                return made
         return super().build(inputs, chunks, sinks, members)
+
+    def by_kernel(self, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots | None:
+        """`build` by one kernel; None where it does not do these sizes or dtypes."""
+        from attnplan.kernels.engines import cluster_triton
+
+        how = cluster_triton.Clustering(
+            self.chunk, self.slots, self.steps, self.uniform, self.by_root
+        )
+        if not cluster_triton.serves(how, inputs):
+            return None
+        mean, metric = (
+            None if name is None else inputs.fitted_heads(name, inputs.head)
+            for name in (self.mean_name, self.metric_name)
+        )
+        return cluster_triton.compress(how, mean, metric, inputs, chunks, sinks)

@@ -29,10 +29,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, log2
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attnplan.kernels import balance
 from attnplan.kernels.approximation import (
@@ -48,6 +49,9 @@ from attnplan.kernels.indexing import heads_of
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.kernels.token_selection import pack_tokens
+
+if TYPE_CHECKING:
+    from attnplan.kernels.engines.linear_triton import Exponents
 
 Side = Literal["query", "key"]
 LONG = 2048
@@ -186,20 +190,21 @@ class FeatureMap(ChunkedFarField):
         ):
             from attnplan.kernels.engines import linear_triton
 
-            return linear_triton.part(self, inputs, blocks, floor, sinks, chunks)
+            made = exponents_of(self, inputs)
+            return linear_triton.part(made, self.chunk, inputs, blocks, floor, sinks, chunks)
         read = self.chunks_before(inputs, floor)
         heads = range(len(inputs.head))
         numbers = inputs.key.shape[0] * max(inputs.key.shape[2], 1) * self.count(_dim(inputs))
         step = max(1, _held(inputs) // numbers)
-        made = []
+        parts = []
         for first in heads[::step]:
             some = tuple(heads[first : first + step])
             here = inputs.heads(some)
             frame = Frame.of(here, self.directions(_dim(inputs)))
             state = self._states(here, frame, chunks, [sinks[h] for h in some])
             left = None if tokens is None else self._left_out(here, frame, heads_of(tokens, some))
-            made.append(self._read(here, frame, state, blocks, heads_of(read, some), left))
-        numerator, mass, shift = (torch.cat(same, 1) for same in zip(*made, strict=True))
+            parts.append(self._read(here, frame, state, blocks, heads_of(read, some), left))
+        numerator, mass, shift = (torch.cat(same, 1) for same in zip(*parts, strict=True))
         return Part(numerator, mass, shift, tuple(heads))
 
     def cost(
@@ -396,6 +401,49 @@ class Frame:
         """y and m."""
         shift = self.scale * (query @ self.key_mean.mT)[..., 0]
         return (query - self.query_mean) @ self.query_map, shift
+
+
+def exponents_of(far: FeatureMap, inputs: Inputs) -> Exponents:
+    """Logarithms of features for the heads and the dtype of a call, made once per fitted data.
+
+    The means and maps of `Frame` are taken into vectors and constants, in float64.
+
+    Raises:
+        NotImplementedError: the features have no logarithms.
+        ValueError: nobody fitted it.
+    """
+    fitted = inputs.fitted.get("balanced.directions")
+    if fitted is None:
+        fitted = inputs.fitted_tensor("balanced.directions")  # says what to do
+    known = _known.setdefault(fitted, {})
+    query = inputs.query
+    spelled = (far, inputs.head, inputs.scale, query.dtype, query.device)
+    if spelled not in known:
+        known[spelled] = _exponents(far, inputs)
+    made: Exponents = known[spelled]
+    return made
+
+
+_known = WeakIdKeyDictionary()
+
+
+def _exponents(far: FeatureMap, inputs: Inputs) -> Exponents:
+    from attnplan.kernels.engines.linear_triton import Centred, packed
+
+    directions = far.directions(inputs.query.shape[3])
+    frame, logarithms = Frame.of(inputs, directions), far.logarithms(inputs)
+    query_map, key_map = frame.query_map.double().mT, frame.key_map.double().mT
+    query_mean, key_mean = frame.query_mean.double(), frame.key_mean.double()  # [heads, 1, dim]
+    query = logarithms.query.double() @ query_map
+    # e^b, which weighs a key, is a factor of every feature
+    key = logarithms.key.double() @ key_map + frame.scale * query_mean
+    return packed(
+        Centred(query, logarithms.query_constant, query_mean, query_map),
+        Centred(key, logarithms.key_constant, key_mean, key_map),
+        frame.scale * frame.key_mean[:, 0],
+        logarithms.squares,
+        inputs.query.dtype,
+    )
 
 
 def running_sums(sums: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

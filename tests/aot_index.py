@@ -70,8 +70,10 @@ def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, An
         made = index_triton.nearest_constants(head_dim, count, number)
         return index_triton._nearest_centres, *made
     if name in FAR:
-        far = FAR[name](chunk=count, slots=16)
-        return cluster_triton._cluster, *cluster_triton.constants(far, head_dim, head_dim)
+        far = FAR[name]
+        how = cluster_triton.Clustering(count, 16, far.steps, far.uniform, far.by_root)
+        has = far.mean_name is not None, far.metric_name is not None
+        return cluster_triton._cluster, *cluster_triton.constants(how, has, head_dim, head_dim)
     if name == "means":
         return select_triton._block_means, *select_triton.means_constants(head_dim, count or None)
     if name == "choose":

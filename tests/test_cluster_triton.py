@@ -9,7 +9,6 @@ from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs, Slots
 from attnplan.kernels.cluster_chunks import ClusterCompressor
-from attnplan.kernels.engines import cluster_triton
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.slot_chunks import ChunkCompressor
@@ -61,11 +60,9 @@ def both(
     """By the kernel and by torch."""
     count = (inputs.key.shape[2] - max(inputs.start)) // far.chunk if chunks is None else chunks
     every = (sinks,) * len(inputs.head)
-    assert cluster_triton.serves(far, inputs)
-    found = cluster_triton.compress(far, inputs, count, every)
-    exact = ChunkCompressor.compress(far, inputs, count, every)
-    assert exact is not None
-    return found, exact
+    found = far.by_kernel(inputs, count, every)
+    assert found is not None
+    return found, ChunkCompressor.build(far, inputs, count, every)
 
 
 def agree(found: Slots, exact: Slots, far: ClusterCompressor, chunks: int) -> None:
@@ -157,9 +154,9 @@ def test_coinciding_keys_become_slots_exactly() -> None:
 
 
 def test_what_does_not_fit_is_left_to_torch() -> None:
-    inputs = text()
-    assert not cluster_triton.serves(CentroidT(1024, 8), inputs)
-    assert not cluster_triton.serves(CentroidT(256, 80), inputs)
+    inputs, every = text(), (4,) * 4
+    assert CentroidT(1024, 8).by_kernel(inputs, 1, every) is None
+    assert CentroidT(256, 80).by_kernel(inputs, 1, every) is None
     wide = text(70, dims=(256, 32))
-    assert not cluster_triton.serves(FAR["centroid_t"], wide)
-    assert not cluster_triton.serves(FAR["centroid_t"], text(dtype=torch.float32))
+    assert FAR["centroid_t"].by_kernel(wide, 1, every) is None
+    assert FAR["centroid_t"].by_kernel(text(dtype=torch.float32), 1, every) is None

@@ -15,7 +15,7 @@ from attnplan.kernels.engines import linear_triton
 from attnplan.kernels.far.csalr import CSALR
 from attnplan.kernels.far.performer import Performer
 from attnplan.kernels.far.taylor import Taylor
-from attnplan.kernels.feature_map import FeatureMap
+from attnplan.kernels.feature_map import FeatureMap, exponents_of
 from attnplan.kernels.part import Part
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,13 +84,26 @@ def call(
     return blocks, floor, (sinks,) * heads, int(far.chunks_before(inputs, floor).max())
 
 
+def by_kernels(
+    far: FeatureMap,
+    inputs: Inputs,
+    blocks: Tensor,
+    floor: Tensor,
+    sinks: tuple[int, ...],
+    chunks: int,
+) -> Part | None:
+    """The part, on whatever device."""
+    exponents = exponents_of(far, inputs)
+    return linear_triton.part(exponents, far.chunk, inputs, blocks, floor, sinks, chunks)
+
+
 def both(
     far: FeatureMap, inputs: Inputs, sinks: int = 4, window: int = 32, blocks: Tensor | None = None
 ) -> tuple[Part, Part]:
     """The part by kernels, and by the torch code in float64 on the same numbers."""
     blocks = torch.arange(inputs.blocks) if blocks is None else blocks
     exact = far.part(exactly(inputs), *call(far, inputs, blocks, sinks, window))
-    found = linear_triton.part(far, inputs, *call(far, inputs, blocks.to(DEVICE), sinks, window))
+    found = by_kernels(far, inputs, *call(far, inputs, blocks.to(DEVICE), sinks, window))
     assert exact is not None and found is not None
     return found, exact
 
@@ -207,33 +220,33 @@ def test_features_neither_over_nor_underflow(far: FeatureMap) -> None:
 def test_without_a_chunk_there_is_no_part() -> None:
     far, first = MAPS["performer"], torch.arange(1, device=DEVICE)
     inputs = text(60)
-    assert linear_triton.part(far, inputs, *call(far, inputs, first)) is None
+    assert by_kernels(far, inputs, *call(far, inputs, first)) is None
     inputs = text(64)  # a chunk that nobody reads yet
-    assert linear_triton.part(far, inputs, *call(far, inputs, first)) is None
-    found = linear_triton.part(far, inputs, *call(far, inputs, first)[:3], 1)
+    assert by_kernels(far, inputs, *call(far, inputs, first)) is None
+    found = by_kernels(far, inputs, *call(far, inputs, first)[:3], 1)
     assert found is not None and not bool(found.usable.any())
     assert float(found.numerator.abs().max()) == 0
 
 
 def test_what_depends_on_fitted_data_alone_is_made_once() -> None:
     inputs, other, far = text(100), text(100, seed=1), MAPS["performer"]
-    made = linear_triton.exponents_of(far, inputs)
-    assert linear_triton.exponents_of(Performer(64, 24), inputs) is made
-    assert linear_triton.exponents_of(far, inputs.heads((1,))) is not made
-    assert linear_triton.exponents_of(far, other) is not made
+    made = exponents_of(far, inputs)
+    assert exponents_of(Performer(64, 24), inputs) is made
+    assert exponents_of(far, inputs.heads((1,))) is not made
+    assert exponents_of(far, other) is not made
 
 
 def test_bad_input_is_refused() -> None:
     inputs, far = text(200), MAPS["performer"]
     blocks = torch.arange(4, device=DEVICE)
     with pytest.raises(ValueError, match=r"computed in .* got torch.float64"):
-        linear_triton.part(far, exactly(inputs), *call(far, inputs, blocks))
+        by_kernels(far, exactly(inputs), *call(far, inputs, blocks))
     mixed = dataclasses.replace(inputs, value=inputs.value.half())
     with pytest.raises(ValueError, match="must share a dtype"):
-        linear_triton.part(far, mixed, *call(far, inputs, blocks))
+        by_kernels(far, mixed, *call(far, inputs, blocks))
     bare = dataclasses.replace(inputs, fitted={})
     with pytest.raises(ValueError, match=r"no fitted data 'balanced\.directions'"):
-        linear_triton.part(far, bare, *call(far, inputs, blocks))
+        by_kernels(far, bare, *call(far, inputs, blocks))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")

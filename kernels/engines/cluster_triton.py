@@ -1,20 +1,21 @@
 """Slots of clustered chunks on a GPU: a program clusters one chunk of keys, from load to slots.
 
 Keys are read again at every step, a tile at a time: they stay in the caches, and a program needs
-few registers. It says what `ClusterCompressor.summarise` and `ChunkCompressor.compress` say in
-torch, where it is a chain of some sixty launches.
+few registers. It says what a compressor of clustered chunks says in torch, where it is a chain of
+some sixty launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from attnplan.kernels.approximation import Inputs, Slots
-from attnplan.kernels.cluster_chunks import ClusterCompressor
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.linear_triton import block_of
 from attnplan.kernels.engines.select_triton import integers
@@ -26,22 +27,51 @@ LONGEST, WIDEST, MOST = 512, 128, 64
 """Keys of a chunk, numbers of a key or value, and slots of a chunk that fit into a program."""
 
 
-def serves(far: ClusterCompressor, inputs: Inputs) -> bool:
+@dataclass(frozen=True)
+class Clustering:
+    """How the keys of a chunk are clustered.
+
+    Attributes:
+        chunk: keys per chunk.
+        slots: clusters per chunk.
+        steps: of Lloyd's algorithm.
+        uniform: share of equal chances among those by which the first centres are drawn.
+        by_root: keys weigh in Lloyd's algorithm with the square roots of their masses, else with
+            these.
+    """
+
+    chunk: int
+    slots: int
+    steps: int
+    uniform: float
+    by_root: bool
+
+
+def serves(how: Clustering, inputs: Inputs) -> bool:
     """Whether the kernel does this: for numbers of 16 bits, sizes that fit into a program.
 
     It multiplies with 10 bits of mantissa (tf32), which is exact for such keys and values, and for
     weights more than slots keep that are read in 16 bits.
     """
     widest = max(inputs.key.shape[3], inputs.value.shape[3])
-    fits = far.chunk <= LONGEST and widest <= WIDEST and far.slots <= MOST
+    fits = how.chunk <= LONGEST and widest <= WIDEST and how.slots <= MOST
     return fits and inputs.key.dtype in (torch.float16, torch.bfloat16)
 
 
-def compress(far: ClusterCompressor, inputs: Inputs, chunks: int, sinks: Sequence[int]) -> Slots:
+def compress(
+    how: Clustering,
+    mean: Tensor | None,
+    metric: Tensor | None,
+    inputs: Inputs,
+    chunks: int,
+    sinks: Sequence[int],
+) -> Slots:
     """Slots of the first `chunks` chunks, padded to whole tiles; keys and values in float32.
 
     Args:
-        far: says how.
+        how: the clusters are found.
+        mean: queries [heads, head_dim] to take out of the scores; None for none.
+        metric: [heads, head_dim, head_dim], distances are those of keys times it; None for none.
         inputs: the call.
         chunks: at least 1.
         sinks: for each head, first keys that stay near.
@@ -49,24 +79,22 @@ def compress(far: ClusterCompressor, inputs: Inputs, chunks: int, sinks: Sequenc
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (inputs.key, inputs.value))
     batch, _, keys, head_dim = key.shape
     heads, value_dim = len(inputs.head), value.shape[3]
-    count = -(-chunks * far.slots // BLOCK) * BLOCK
+    count = -(-chunks * how.slots // BLOCK) * BLOCK
     made_key = key.new_empty(batch, heads, count, head_dim, dtype=torch.float32)
     made_value = key.new_empty(batch, heads, count, value_dim, dtype=torch.float32)
     log_weight, weight = key.new_empty(2, batch, heads, count, dtype=torch.float32)
-    mean, metric = (
-        key if name is None else inputs.fitted_heads(name, inputs.head).float().contiguous()
-        for name in (far.mean_name, far.metric_name)
-    )
-    if far.metric_name is not None:
-        metric = metric @ metric.mT
+    has = mean is not None, metric is not None
+    means, grams = (key if t is None else t.float().contiguous() for t in (mean, metric))
+    if metric is not None:
+        grams = grams @ grams.mT
     rows = [integers(tuple(each), key.device) for each in (inputs.start, inputs.kv_head, sinks)]
-    tensors = (key, value, mean, metric, *rows, made_key, made_value, log_weight, weight)
+    tensors = (key, value, means, grams, *rows, made_key, made_value, log_weight, weight)
     strides = (*key.stride()[:3], *value.stride()[:3])
-    made, options = constants(far, head_dim, value_dim)
-    kind = (far, head_dim, value_dim, key.dtype, key.device)
+    made, options = constants(how, has, head_dim, value_dim)
+    kind = (how, has, head_dim, value_dim, key.dtype, key.device)
     with torch.cuda.device_of(key):
         _start(
-            (-(-count // far.slots), heads, batch),
+            (-(-count // how.slots), heads, batch),
             (*tensors, inputs.scale, *strides, keys, chunks, count),
             made,
             options,
@@ -77,25 +105,31 @@ def compress(far: ClusterCompressor, inputs: Inputs, chunks: int, sinks: Sequenc
 
 
 def constants(
-    far: ClusterCompressor, head_dim: int, value_dim: int
+    how: Clustering, has: tuple[bool, bool], head_dim: int, value_dim: int
 ) -> tuple[dict[str, object], dict[str, int | bool]]:
-    """What the kernel is compiled for beside dtypes, and its options."""
+    """What the kernel is compiled for beside dtypes, and its options.
+
+    Args:
+        how: the clusters are found.
+        has: whether there is a mean, and a metric.
+        head_dim, value_dim: numbers of a key and of a value.
+    """
     made: dict[str, object] = {
-        "CHUNK": far.chunk,
-        "SLOTS": far.slots,
+        "CHUNK": how.chunk,
+        "SLOTS": how.slots,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_C": block_of(far.chunk),
-        "BLOCK_S": block_of(far.slots),
+        "BLOCK_C": block_of(how.chunk),
+        "BLOCK_S": block_of(how.slots),
         "BLOCK_D": block_of(head_dim),
         "BLOCK_V": block_of(value_dim),
-        "ROWS": min(ROWS, block_of(far.chunk)),
+        "ROWS": min(ROWS, block_of(how.chunk)),
         "PIECE": 16,
-        "STEPS": far.steps,
-        "UNIFORM": far.uniform,
-        "BY_ROOT": far.by_root,
-        "HAS_MEAN": far.mean_name is not None,
-        "HAS_METRIC": far.metric_name is not None,
+        "STEPS": how.steps,
+        "UNIFORM": how.uniform,
+        "BY_ROOT": how.by_root,
+        "HAS_MEAN": has[0],
+        "HAS_METRIC": has[1],
     }
     warps = 4 if max(head_dim, value_dim) <= 64 else 8
     return made, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}

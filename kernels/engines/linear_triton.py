@@ -21,7 +21,7 @@ Operands of products have the dtype of the inputs, sums are float32. What a_f lo
 up for by a second product with the rest: logarithms are as good as with a_f of 16 (bfloat16) or 22
 (float16) bits.
 
-The definition is `feature_map`; the chunked form is that of Katharopoulos et al.,
+The chunked form is that of Katharopoulos et al.,
 https://arxiv.org/abs/2006.16236, and of Yang et al., https://arxiv.org/abs/2312.06635, section 4.
 """
 
@@ -35,13 +35,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.select_triton import integers
 from attnplan.kernels.engines.triton import DTYPES, LN2, LOG2E
-from attnplan.kernels.feature_map import FeatureMap, Frame
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
 
@@ -63,6 +61,23 @@ class Side:
 
     vectors: Tensor
     affine: Tensor
+
+
+@dataclass(frozen=True)
+class Centred:
+    """Logarithms of features of rows of some heads, l_f(k) = (k - mean).a_f + c_f - r(k - mean).
+
+    Attributes:
+        vectors: float64 [heads, features, dim], rows a_f.
+        constant: [heads or 1, features], c_f.
+        mean: float64 [heads, 1, dim].
+        root: float64 [heads, n, dim]; where r is a square, r(k) = |root k|^2 / 2.
+    """
+
+    vectors: Tensor
+    constant: Tensor
+    mean: Tensor
+    root: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,21 +112,22 @@ class _Kind:
 
 
 def part(
-    far: FeatureMap,
+    exponents: Exponents,
+    chunk: int,
     inputs: Inputs,
     blocks: Tensor,
     floor: Tensor,
     sinks: Sequence[int],
     chunks: int,
 ) -> Part | None:
-    """`FeatureMap.part` of a map whose features are logarithmic.
+    """What the keys before `floor` contribute to the rows of `blocks`, as `Compressor.part`.
 
-    Numerators, masses and shifts are float32, whatever the dtype of the inputs. What depends on
-    fitted data alone is made once.
+    Numerators, masses and shifts are float32, whatever the dtype of the inputs.
 
     Args:
-        far: the map.
-        inputs, blocks, floor, sinks, chunks: as in `FeatureMap.part`.
+        exponents: of the heads and the dtype of the call, see `packed`.
+        chunk: keys per chunk.
+        inputs, blocks, floor, sinks, chunks: as in `Compressor.part`.
 
     Returns:
         None where no query block reads a chunk.
@@ -127,8 +143,7 @@ def part(
     value_dim = value.shape[3]
     if chunks < 1 or queries == 0 or len(blocks) == 0:
         return None
-    exponents = exponents_of(far, inputs)
-    kind = _Kind(head_dim, value_dim, exponents.features, exponents.squares, far.chunk, query.dtype)
+    kind = _Kind(head_dim, value_dim, exponents.features, exponents.squares, chunk, query.dtype)
     ints = [
         integers(tuple(numbers), query.device) for numbers in (inputs.start, inputs.kv_head, sinks)
     ]
@@ -148,53 +163,31 @@ def part(
     return Part(numerator, mass, shift, tuple(range(heads)))
 
 
-def exponents_of(far: FeatureMap, inputs: Inputs) -> Exponents:
-    """Logarithms of features for the heads and the dtype of a call, made once per fitted data.
+def packed(
+    query: Centred, key: Centred, mean: Tensor, squares: bool, dtype: torch.dtype
+) -> Exponents:
+    """Logarithms of features as the kernels read them; what it computes it computes in float64.
 
-    The means and maps of `Frame` are taken into vectors and constants, in float64.
+    Args:
+        query, key: the two sides, with as many features.
+        mean: [heads, dim], its product with a query is a shift of the query.
+        squares: as in `Exponents`.
+        dtype: of the inputs.
     """
-    fitted = inputs.fitted.get("balanced.directions")
-    if fitted is None:
-        fitted = inputs.fitted_tensor("balanced.directions")  # says what to do
-    known = _known.setdefault(fitted, {})
-    query = inputs.query
-    spelled = (far, inputs.head, inputs.scale, query.dtype, query.device)
-    if spelled not in known:
-        known[spelled] = _exponents(far, inputs)
-    made: Exponents = known[spelled]
-    return made
-
-
-_known = WeakIdKeyDictionary()
-
-
-def _exponents(far: FeatureMap, inputs: Inputs) -> Exponents:
-    directions = far.directions(inputs.query.shape[3])
-    frame, logarithms = Frame.of(inputs, directions), far.logarithms(inputs)
-    dtype = inputs.query.dtype
-    features = logarithms.query.shape[-2]
+    features = query.vectors.shape[-2]
     block = block_of_features(features, dtype)
     features = -(-features // block) * block
-    query_map, key_map = frame.query_map.double().mT, frame.key_map.double().mT
-    query_mean, key_mean = frame.query_mean.double(), frame.key_mean.double()  # [heads, 1, dim]
-    query = logarithms.query.double() @ query_map
-    # e^b, which weighs a key, is a factor of every feature
-    key = logarithms.key.double() @ key_map + frame.scale * query_mean
     sides = []
-    for vectors, constant, mean, to_rows in (
-        (query, logarithms.query_constant, query_mean, query_map),
-        (key, logarithms.key_constant, key_mean, key_map),
-    ):
-        constant = constant.double() - (vectors * mean).sum(-1)
-        made = _padded(vectors * LOG2E.value, constant * LOG2E.value, features, LOW.value)
-        if logarithms.squares:  # r = |x|^2 / 2
-            root = to_rows * (LOG2E.value / 2) ** 0.5
-            more = _padded(root, -(root * mean).sum(-1), block_of(root.shape[2]), 0.0)
+    for side in (query, key):
+        constant = side.constant.double() - (side.vectors * side.mean).sum(-1)
+        made = _padded(side.vectors * LOG2E.value, constant * LOG2E.value, features, LOW.value)
+        if squares:  # r = |x|^2 / 2
+            root = side.root * (LOG2E.value / 2) ** 0.5
+            more = _padded(root, -(root * side.mean).sum(-1), block_of(root.shape[2]), 0.0)
             made = torch.cat([made[0], more[0]], 1), torch.cat([made[1], more[1]], 1)
         sides.append(_side(*made, dtype))
-    mean = frame.scale * frame.key_mean[:, 0]
     mean = torch.nn.functional.pad(mean, (0, block_of(mean.shape[1]) - mean.shape[1]))
-    return Exponents(sides[0], sides[1], mean.float().contiguous(), features, logarithms.squares)
+    return Exponents(sides[0], sides[1], mean.float().contiguous(), features, squares)
 
 
 def _padded(rows: Tensor, constant: Tensor, count: int, empty: float) -> tuple[Tensor, Tensor]:
