@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,18 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{where(path)}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_import_contracts_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """The contracts of pyproject.toml, over every file: a linter that sees none finds no fault."""
+    pytest.importorskip("importlinter", reason="needs import-linter, of the extra `dev`")
+    from importlinter import cli
+
+    kept = cli.lint_imports(str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True) == 0
+    told = capsys.readouterr().out
+    assert kept, told
+    seen = re.search(r"Analyzed (\d+) files, (\d+) dependencies", told)
+    assert seen is not None and int(seen[1]) >= len(sources(*TOP)), told
 
 
 def test_every_folder_with_code_is_a_package() -> None:
