@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from attnplan.example_input import examples
-from attnplan.profiles.capture import UNPLANNABLE
-from attnplan.profiles.implementation import implementation as implementation
-from attnplan.profiles.implementation import implementations as implementations
-from attnplan.profiles.implementation import set_implementation as set_implementation
+from attnplan.profiles.capture.capture import UNPLANNABLE
+from attnplan.profiles.capture.implementation import implementation as implementation
+from attnplan.profiles.capture.implementation import implementations as implementations
+from attnplan.profiles.capture.implementation import set_implementation as set_implementation
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def profile(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure what every attention head of a model does, into the store."""
-    from attnplan.profiles.database import Store
+    from attnplan.profiles.store.database import Store
     from attnplan.profiling import captures
     from attnplan.profiling import profile as run_profile
 
@@ -130,8 +130,8 @@ def search(
     from attnplan.plan_output import check_plan, data_file
     from attnplan.planning import Request
     from attnplan.planning import plan as run_plan
-    from attnplan.profiles.calibration import load_sequences
-    from attnplan.profiles.database import Store
+    from attnplan.profiles.store.database import Store
+    from attnplan.profiles.text.calibration import load_sequences
     from attnplan.profiling import captures
     from attnplan.remembering import check_room
     from attnplan.search.budget import Budget, parse_latency, parse_memory
@@ -224,7 +224,7 @@ def evaluate(
     from attnplan.assess import assess
     from attnplan.models import check_context, load_model
     from attnplan.plan import Plan
-    from attnplan.profiles.calibration import load_sequences
+    from attnplan.profiles.text.calibration import load_sequences
 
     quiet_libraries()
     loaded_plan = None if plan is None else Plan.load(plan)
@@ -308,8 +308,8 @@ def bench(
     transformers' DynamicCache with SDPA. With --kernels, check and time attention kernels without
     a model and without the store.
     """
-    from attnplan.profiles.database import Store
-    from attnplan.profiles.device_table import check_table, export_timings, import_timings
+    from attnplan.profiles.store.database import Store
+    from attnplan.profiles.store.device_table import check_table, export_timings, import_timings
 
     if kernels:
         others = (model, methods, export, import_)
@@ -384,7 +384,7 @@ def compare(
 
     from attnplan import league_page
     from attnplan.league import HEADERS, league, lines
-    from attnplan.profiles.database import Store
+    from attnplan.profiles.store.database import Store
     from attnplan.profiling import captures
 
     if out is not None:
@@ -420,8 +420,8 @@ def query(
     db: Database = DATABASE,
 ) -> None:
     """Ask the store about heads, spectra, timings, scores, plans or runs."""
-    from attnplan.profiles.database import Store
-    from attnplan.profiles.queries import VIEWS, run_query
+    from attnplan.profiles.store.database import Store
+    from attnplan.profiles.store.queries import VIEWS, run_query
 
     if format_ not in ("table", "json", "csv"):
         raise ValueError(f"unknown format {format_!r}; known: table, json, csv")
@@ -448,7 +448,7 @@ def show(
     """Show a plan, or why one head got its method."""
     from attnplan.explain import explain_head, plan_rows
     from attnplan.plan import Plan
-    from attnplan.profiles.database import Store
+    from attnplan.profiles.store.database import Store
 
     loaded = Plan.load(plan)
     if (layer is None) != (head is None):
@@ -519,8 +519,8 @@ def demo(
 
 def _check_apart(db: str, outputs: dict[str, Path]) -> None:
     """Raises ValueError where a command would write a file and its store to one place."""
-    from attnplan.profiles.migrations.engine import file_of
-    from attnplan.profiles.output_files import check_apart
+    from attnplan.profiles.store.migrations.engine import file_of
+    from attnplan.profiles.store.output_files import check_apart
 
     store = file_of(db)
     check_apart(outputs, {} if store is None else {"--db": store})
@@ -538,7 +538,7 @@ def _workload(
 ) -> tuple[Any, Any]:
     """The model and its calibration texts."""
     from attnplan.models import check_context, load_model
-    from attnplan.profiles.calibration import load_sequences
+    from attnplan.profiles.text.calibration import load_sequences
     from attnplan.profiling import Workload
 
     quiet_libraries()
@@ -553,8 +553,8 @@ def _workload(
 def _write(
     loaded: Any, outcome: Any, work: Any, holdout: Any, budget: Any, store: Any, out: Path
 ) -> None:
-    from attnplan.profiles import records
-    from attnplan.profiles.digest import digest
+    from attnplan.profiles.records import records
+    from attnplan.profiles.records.digest import digest
     from attnplan.report import figures, to_plan
 
     plan = to_plan(loaded, outcome, work, holdout, budget)
@@ -591,7 +591,7 @@ def _search_memory(
 
     from attnplan.planning import Request
     from attnplan.planning import plan as run_plan
-    from attnplan.profiles.database import Store
+    from attnplan.profiles.store.database import Store
     from attnplan.profiling import captures
     from attnplan.remembering import remember
     from attnplan.report import (

@@ -99,7 +99,7 @@ def one_sentence() -> Iterator[None]:
 
     Exit codes: 1 a budget that cannot be met, 2 bad input.
     """
-    from attnplan.profiles.database import DatabaseError
+    from attnplan.profiles.store.database import DatabaseError
     from attnplan.search.budget import BudgetError
 
     try:

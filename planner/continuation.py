@@ -24,8 +24,8 @@ from attnplan.cache import PlanLayer, stored_bytes
 from attnplan.evaluate import CHUNK, Applied, Reference, original
 from attnplan.kernels.benchmark import timed
 from attnplan.kernels.keeper import SLACK
-from attnplan.profiles.capture import logits_of
-from attnplan.profiles.output_head import Body, run_body
+from attnplan.profiles.capture.capture import logits_of
+from attnplan.profiles.capture.output_head import Body, run_body
 from attnplan.search.evaluation import finite_kl
 
 CONTINUED = 256

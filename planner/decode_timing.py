@@ -34,9 +34,9 @@ from attnplan.kernels.benchmark import quantile, timed
 from attnplan.kernels.decoding import engine_digest
 from attnplan.kernels.keeper import Keeper
 from attnplan.models import LoadedModel
-from attnplan.profiles import records
-from attnplan.profiles.capture import LayerCapture, capture
-from attnplan.profiles.database import Store
+from attnplan.profiles.capture.capture import LayerCapture, capture
+from attnplan.profiles.records import records
+from attnplan.profiles.store.database import Store
 from attnplan.profiling import Advance, Workload, model_record, silent
 from attnplan.running import RUNNING, Running
 from attnplan.search.latency import LatencyFit, fit_latency

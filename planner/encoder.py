@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from attnplan.attention_sites import attention_calls
 from attnplan.own_configurations import OwnConfiguration, join, separate
-from attnplan.profiles.capture import UNPLANNABLE
+from attnplan.profiles.capture.capture import UNPLANNABLE
 
 NAME = "attnplan_encoder"
 ATTRIBUTE = "_attnplan_encoder"

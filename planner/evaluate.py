@@ -20,8 +20,8 @@ from torch import Tensor
 from attnplan.acting import Act, acting, refuse_without_effect
 from attnplan.cache import stored_bytes
 from attnplan.kernels.benchmark import Timing, interleaved, median_ms
-from attnplan.profiles.capture import logits_of
-from attnplan.profiles.output_head import (
+from attnplan.profiles.capture.capture import logits_of
+from attnplan.profiles.capture.output_head import (
     Body,
     input_device,
     output_head,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnplan.profiles.output_head import input_device
+from attnplan.profiles.capture.output_head import input_device
 
 SAMPLES = 4000
 """Of raw sound: a quarter of a second."""

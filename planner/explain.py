@@ -15,8 +15,8 @@ from attnplan.kernels.approximation import AttentionShape
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.plan import Plan, PlanError
-from attnplan.profiles.database import Store
-from attnplan.profiles.scalars import SCALARS
+from attnplan.profiles.records.scalars import SCALARS
+from attnplan.profiles.store.database import Store
 from attnplan.timing import SEPARATOR, DeviceCosts, parse
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, SLOTS
-from attnplan.profiles.records import DeviceIdentity
+from attnplan.profiles.records.records import DeviceIdentity
 
 Floats = NDArray[np.float64]
 

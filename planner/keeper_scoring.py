@@ -17,7 +17,7 @@ from attnplan.kernels import keepers
 from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.layer_store import LayerStore
-from attnplan.profiles.capture import LayerCapture
+from attnplan.profiles.capture.capture import LayerCapture
 
 
 def score_layer(

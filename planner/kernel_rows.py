@@ -30,7 +30,7 @@ from attnplan.kernels.benchmark import Timing, measure_call, measure_layer
 from attnplan.kernels.engines import reference
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer import LayerKernel
-from attnplan.profiles.capture import LayerCapture
+from attnplan.profiles.capture.capture import LayerCapture
 
 MIXED_DENSITY = 0.25
 """Of the approximations in mixed layers and in checks of numbers."""

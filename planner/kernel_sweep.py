@@ -40,7 +40,7 @@ from attnplan.kernels import catalog, decoding, executor
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import WrongKernel
 from attnplan.kernels.keepers import key as keeper_key
-from attnplan.profiles.output_files import check_output
+from attnplan.profiles.store.output_files import check_output
 from attnplan.profiling import Advance, silent
 from attnplan.timing import this_device
 

@@ -15,10 +15,10 @@ from attnplan.kernels.approximation import AttentionShape
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.planning import Progress, Quiet, prepare
-from attnplan.profiles import records
-from attnplan.profiles.capture_files import CaptureFiles
-from attnplan.profiles.database import Store
-from attnplan.profiles.digest import digest
+from attnplan.profiles.capture.capture_files import CaptureFiles
+from attnplan.profiles.records import records
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.store.database import Store
 from attnplan.profiling import Workload, model_record
 from attnplan.scoring import ScoreTable
 from attnplan.search.budget import Budget, BudgetError

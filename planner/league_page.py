@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from attnplan.league import COSTS, HEADERS, Entry, lines
-from attnplan.profiles.output_files import check_output, replace_file
+from attnplan.profiles.store.output_files import check_output, replace_file
 
 ROW, LEFT, WIDTH = 24, 250, 560
 """Pixels: height of a row, where bars begin, and how long the longest is."""

@@ -27,7 +27,7 @@ from attnplan.attention_sites import attention_sites
 from attnplan.loading import check_loaded, check_no_adapter
 from attnplan.plan import ModelIdentity
 from attnplan.plan_yaml import plain
-from attnplan.profiles.magnitudes import Magnitudes, difference
+from attnplan.profiles.records.magnitudes import Magnitudes, difference
 
 DEMO = "smollm2-135m"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -55,7 +55,7 @@ from attnplan.plan_sections import (
     check_keepers,
 )
 from attnplan.plan_yaml import PlanError, plain
-from attnplan.profiles.output_files import replace_files
+from attnplan.profiles.store.output_files import replace_files
 
 __all__ = [
     "Assignment",

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from attnplan.kernels.approximation import AttentionShape
-from attnplan.profiles import magnitudes
-from attnplan.profiles.magnitudes import Magnitudes
+from attnplan.profiles.records import magnitudes
+from attnplan.profiles.records.magnitudes import Magnitudes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnplan.plan_yaml import Entry, PlanError, read
-from attnplan.profiles.output_files import check_output
+from attnplan.profiles.store.output_files import check_output
 
 
 def data_file(path: Path) -> Path:

@@ -22,11 +22,11 @@ from attnplan.evaluate import Reference, induction_accuracy, original, prefill_l
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.models import LoadedModel
-from attnplan.profiles import records
-from attnplan.profiles.calibration import TokenSet
-from attnplan.profiles.capture_files import CaptureFiles
-from attnplan.profiles.database import Store
-from attnplan.profiles.digest import digest
+from attnplan.profiles.capture.capture_files import CaptureFiles
+from attnplan.profiles.records import records
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.text.calibration import TokenSet
 from attnplan.profiling import Workload, fitted_tensors, model_record, profile
 from attnplan.scoring import ScoreTable, score, scout
 from attnplan.search import baselines

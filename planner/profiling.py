@@ -18,14 +18,19 @@ from torch import Tensor
 
 from attnplan.kernels import catalog, keepers
 from attnplan.models import LoadedModel, check_context
-from attnplan.profiles import records
-from attnplan.profiles.calibration import TokenSet
-from attnplan.profiles.capture import SequenceCapture, capture
-from attnplan.profiles.capture_files import CaptureFiles
-from attnplan.profiles.database import Store
-from attnplan.profiles.digest import digest
-from attnplan.profiles.head_profile import finalise
-from attnplan.profiles.layer_statistics import LayerStatistics, measure_layers, merge_all, moments
+from attnplan.profiles.capture.capture import SequenceCapture, capture
+from attnplan.profiles.capture.capture_files import CaptureFiles
+from attnplan.profiles.records import records
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.statistics.head_profile import finalise
+from attnplan.profiles.statistics.layer_statistics import (
+    LayerStatistics,
+    measure_layers,
+    merge_all,
+    moments,
+)
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.text.calibration import TokenSet
 
 VERSION = 2
 """Of what a profile measures; a new one makes new runs."""

@@ -27,12 +27,12 @@ from attnplan.models import LoadedModel
 from attnplan.patch import patch_assignment, unpatch
 from attnplan.plan import ModelIdentity
 from attnplan.planning import Progress, Quiet
-from attnplan.profiles import records
-from attnplan.profiles.calibration import TokenSet
-from attnplan.profiles.capture import capture
-from attnplan.profiles.capture_files import CaptureFiles
-from attnplan.profiles.database import Store
-from attnplan.profiles.digest import digest
+from attnplan.profiles.capture.capture import capture
+from attnplan.profiles.capture.capture_files import CaptureFiles
+from attnplan.profiles.records import records
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.text.calibration import TokenSet
 from attnplan.profiling import Workload, captured_text, fitted_tensors, model_record, profile
 from attnplan.retrieval import PROBED, TOLERANCE, Recall, rehearsal, retrieval
 from attnplan.search.budget import Budget, BudgetError, Limit

@@ -12,7 +12,7 @@ from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
 from attnplan.plan import DecodeSection, Plan, Target
 from attnplan.planning import Choice, Outcome
-from attnplan.profiles.calibration import TokenSet
+from attnplan.profiles.text.calibration import TokenSet
 from attnplan.profiling import Workload
 from attnplan.remembering import Memory, Remembered
 from attnplan.retrieval import KINDS, SHORT

@@ -25,8 +25,8 @@ from torch import Tensor
 from attnplan.acting import acting
 from attnplan.continuation import condense, prompt, step
 from attnplan.evaluate import Applied
-from attnplan.profiles.capture import logits_of
-from attnplan.profiles.output_head import Body, output_head
+from attnplan.profiles.capture.capture import logits_of
+from attnplan.profiles.capture.output_head import Body, output_head
 
 KINDS = ("passkey", "key_value", "copy")
 PROBED = 2

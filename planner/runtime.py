@@ -36,7 +36,7 @@ from attnplan.kernels.ragged_store import Context, Standing
 from attnplan.kernels.visible import Visible
 from attnplan.own_configurations import OwnConfiguration, is_given
 from attnplan.plan import Assignment, Fitted, Plan, PlanError
-from attnplan.profiles.capture import UNPLANNABLE
+from attnplan.profiles.capture.capture import UNPLANNABLE
 from attnplan.running import RUNNING
 from attnplan.weight_marks import Place, WeightMark, place_of
 

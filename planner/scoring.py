@@ -13,12 +13,12 @@ from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, Fitted, Inputs
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.models import LoadedModel
-from attnplan.profiles import records
-from attnplan.profiles.capture import LayerCapture
-from attnplan.profiles.capture_files import CaptureFiles
-from attnplan.profiles.database import Store
-from attnplan.profiles.digest import digest
-from attnplan.profiles.side_by_side import side_by_side
+from attnplan.profiles.capture.capture import LayerCapture
+from attnplan.profiles.capture.capture_files import CaptureFiles
+from attnplan.profiles.records import records
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.statistics.parallel import side_by_side
+from attnplan.profiles.store.database import Store
 from attnplan.profiling import Advance, Workload, captured_text, fitted_tensors, silent
 from attnplan.search.scores import Observed, sampled_blocks, score_layer
 from attnplan.search.shortlist import shortlist

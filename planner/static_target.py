@@ -44,7 +44,7 @@ from attnplan.kernels.feature_map import FeatureMap
 from attnplan.kernels.layer import can_prepare
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.models import LoadedModel
-from attnplan.profiles.records import KernelTiming
+from attnplan.profiles.records.records import KernelTiming
 from attnplan.search.latency import LatencyFit
 from attnplan.timing import DeviceCosts, fit_costs, rows_to_time, spell
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from attnplan.gpus import gpu
 from attnplan.kernels.approximation import Approximation
 from attnplan.models import LoadedModel
-from attnplan.profiles.device_table import read_timings
-from attnplan.profiles.records import DeviceIdentity, KernelTiming
+from attnplan.profiles.records.records import DeviceIdentity, KernelTiming
+from attnplan.profiles.store.device_table import read_timings
 from attnplan.static_target import static_costs
 from attnplan.timing import DeviceCosts, fit_costs, spell, tiles_on
 

@@ -23,9 +23,9 @@ from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import Timing, device_name, measure_layer
 from attnplan.kernels.executor import engine_digest
 from attnplan.models import LoadedModel
-from attnplan.profiles import records
-from attnplan.profiles.capture import capture
-from attnplan.profiles.database import Store
+from attnplan.profiles.capture.capture import capture
+from attnplan.profiles.records import records
+from attnplan.profiles.store.database import Store
 from attnplan.profiling import Advance, Workload, fitted_tensors, model_record, silent
 from attnplan.search.latency import LatencyFit, fit_latency
 

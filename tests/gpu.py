@@ -260,8 +260,8 @@ def prepare() -> None:
     from safetensors.torch import save_file
 
     from attnplan.models import DEMO_FILE, load_model
-    from attnplan.profiles.calibration import load_sequences
-    from attnplan.profiles.capture import capture
+    from attnplan.profiles.capture.capture import capture
+    from attnplan.profiles.text.calibration import load_sequences
 
     fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps"]
     fetch += ["--target", str(OUT / "site"), "--python-version", "3.12", "--only-binary", ":all:"]

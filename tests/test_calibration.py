@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnplan.profiles.builtin_text import KINDS, documents
-from attnplan.profiles.calibration import TokenSet, load_sequences
+from attnplan.profiles.text.builtin_text import KINDS, documents
+from attnplan.profiles.text.calibration import TokenSet, load_sequences
 
 
 class Words:
@@ -100,7 +100,7 @@ def test_the_digest_is_that_of_the_tokens() -> None:
 
 def test_the_digest_does_not_depend_on_the_process() -> None:
     code = (
-        "from attnplan.profiles.builtin_text import documents as d; import hashlib;"
+        "from attnplan.profiles.text.builtin_text import documents as d; import hashlib;"
         "print(hashlib.sha256(repr(d('all')).encode()).hexdigest())"
     )
     digests = {

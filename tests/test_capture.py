@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from attnplan.profiles.capture import NAME, SequenceCapture, capture, sample
+from attnplan.profiles.capture.capture import NAME, SequenceCapture, capture, sample
 
 TOKENS = torch.arange(3, 40)
 SIZES = dict(

@@ -14,8 +14,8 @@ import torch
 from tests import tiny_model
 
 from attnplan.models import load_model
-from attnplan.profiles.capture import LayerCapture, SequenceCapture
-from attnplan.profiles.capture_files import CaptureFiles
+from attnplan.profiles.capture.capture import LayerCapture, SequenceCapture
+from attnplan.profiles.capture.capture_files import CaptureFiles
 from attnplan.profiling import Workload, captures, repeated_string
 
 NAME = "0123456789abcdef"
@@ -81,7 +81,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from tests.test_capture_files import captured
-from attnplan.profiles.capture_files import CaptureFiles
+from attnplan.profiles.capture.capture_files import CaptureFiles
 files = CaptureFiles(Path(sys.argv[1]))
 files.save(0, captured(7))
 Path(files.folder, "1.99.partial").touch()
@@ -130,7 +130,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_captures_stay_where_a_run_is_interrupted(
     model: Path, tmp_path: Path, error: type[BaseException] | None
 ) -> None:
-    from attnplan.profiles.calibration import TokenSet, load_sequences
+    from attnplan.profiles.text.calibration import TokenSet, load_sequences
 
     loaded = load_model(str(model))
     tokens: TokenSet = load_sequences(

@@ -19,14 +19,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, event
 
-from attnplan.profiles import records
-from attnplan.profiles.arrays import narrow, pack, pack_all, unpack, unpack_all
-from attnplan.profiles.database import DatabaseError, Store
-from attnplan.profiles.device_table import export_timings, import_timings
-from attnplan.profiles.digest import canonical, digest
-from attnplan.profiles.migrations import engine
-from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
-from attnplan.profiles.tables import Base
+from attnplan.profiles.records import records
+from attnplan.profiles.records.arrays import narrow, pack, pack_all, unpack, unpack_all
+from attnplan.profiles.records.digest import canonical, digest
+from attnplan.profiles.records.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.store.database import DatabaseError, Store
+from attnplan.profiles.store.device_table import export_timings, import_timings
+from attnplan.profiles.store.migrations import engine
+from attnplan.profiles.store.tables import Base
 
 MODEL = records.ModelIdentity(
     "f" * 64, "tiny", "LlamaForCausalLM", 2, 4, 2, 16, {"rope_type": "default"}, "w" * 64
@@ -40,8 +40,8 @@ TIMING = records.KernelTiming(
 
 SETUP = """
     import sys
-    from attnplan.profiles import records
-    from attnplan.profiles.database import Store
+    from attnplan.profiles.records import records
+    from attnplan.profiles.store.database import Store
     import numpy as np
     MODEL = records.ModelIdentity("f" * 64, "tiny", "L", 2, 4, 2, 16, {}, "w")
     DATASET = records.DatasetIdentity("d" * 64, "builtin", "calibration", 256, {})
@@ -329,7 +329,7 @@ def test_a_process_killed_within_a_unit_leaves_none_of_it(url: str) -> None:
     store.save_scores(run, 0, 0, "c", scores(50))
     def dies():
         with store._writing() as connection:
-            from attnplan.profiles.tables import ScoreRow, insert_missing
+            from attnplan.profiles.store.tables import ScoreRow, insert_missing
             rows = [{"run_id": run, "sequence": 0, "layer": 1, "head": s.head,
                      "approximation": s.approximation, "fisher": 1, "relative_error": 1,
                      "mass_dropped": None, "positions": 1} for s in scores(50)]

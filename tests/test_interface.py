@@ -17,7 +17,7 @@ from transformers import AfmoeConfig, AutoModelForCausalLM
 from attnplan import attention_sites, encoder, runtime
 from attnplan.kernels import catalog
 from attnplan.patch import patch_assignment, patched_stats, unpatch
-from attnplan.profiles import capture
+from attnplan.profiles.capture import capture
 from attnplan.runtime import DENSE_LAYER
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

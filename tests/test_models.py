@@ -37,7 +37,7 @@ from attnplan.models import (
     weights_digest,
     weights_magnitudes,
 )
-from attnplan.profiles import magnitudes
+from attnplan.profiles.records import magnitudes
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:

@@ -37,7 +37,7 @@ from attnplan.kernels.originals.linformer import (
 from attnplan.kernels.originals.newton_schulz import newton_schulz
 from attnplan.kernels.originals.nystromformer import nystromformer_attention
 from attnplan.kernels.originals.skyformer import kernelized_attention, skyformer_attention
-from attnplan.profiles.builtin_text import documents
+from attnplan.profiles.text.builtin_text import documents
 
 Operator = Callable[..., Tensor]
 LENGTH, HEADS, DIM = 24, 3, 8

@@ -21,7 +21,7 @@ from attnplan.evaluate import Reference, body_of
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.near.window import Window
 from attnplan.patch import patch_assignment, unpatch
-from attnplan.profiles.capture import capture, logits_of
+from attnplan.profiles.capture.capture import capture, logits_of
 
 NAMES = [*TEXTS, "Gemma 3 with images"]
 

@@ -21,7 +21,7 @@ from attnplan import cli, league_page
 from attnplan.models import load_model
 from attnplan.plan import Plan, PlanError, Target
 from attnplan.plan_output import check_plan, data_file
-from attnplan.profiles.database import Store
+from attnplan.profiles.store.database import Store
 
 FITTED_ROWS = [[FITTED] * 6] * 3
 STORE = "sqlite:///model/mine.db"

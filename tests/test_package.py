@@ -27,7 +27,7 @@ SEEN = {
 }
 IMPORTERS = {
     "transformers": {
-        "profiles/capture.py",
+        "profiles/capture/capture.py",
         "planner/adapters.py",
         "planner/adoption.py",
         "planner/attention_sites.py",
@@ -45,16 +45,16 @@ IMPORTERS = {
         "planner/runtime.py",
     },
     "sqlalchemy": {
-        "profiles/database.py",
-        "profiles/queries.py",
-        "profiles/tables.py",
-        "profiles/migrations/engine.py",
-        "profiles/migrations/versions/*.py",
+        "profiles/store/database.py",
+        "profiles/store/queries.py",
+        "profiles/store/tables.py",
+        "profiles/store/migrations/engine.py",
+        "profiles/store/migrations/versions/*.py",
     },
     "alembic": {
-        "profiles/migrations/engine.py",
-        "profiles/migrations/env.py",
-        "profiles/migrations/versions/*.py",
+        "profiles/store/migrations/engine.py",
+        "profiles/store/migrations/env.py",
+        "profiles/store/migrations/versions/*.py",
     },
     "optuna": {"search/study.py"},
     "triton": {"kernels/engines/triton.py", "kernels/engines/*_triton.py"},

@@ -23,8 +23,8 @@ from attnplan.kernels.near.window import Window
 from attnplan.models import LoadedModel, load_model
 from attnplan.plan import Plan
 from attnplan.planning import Choice, Corrections, Outcome, Request, gated, never_slower, plan
-from attnplan.profiles.calibration import TokenSet, load_sequences
-from attnplan.profiles.database import Store
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.text.calibration import TokenSet, load_sequences
 from attnplan.profiling import (
     Workload,
     capture_files,

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnplan.profiles import attention_rows, probes, spectra
-from attnplan.profiles.attention_rows import attend, log_rows
-from attnplan.profiles.capture import LayerCapture
-from attnplan.profiles.clusters import cluster_inertia
-from attnplan.profiles.head_profile import finalise
-from attnplan.profiles.layer_statistics import (
+from attnplan.profiles.capture.capture import LayerCapture
+from attnplan.profiles.records.records import HeadProfile
+from attnplan.profiles.records.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.statistics import attention_rows, probes, spectra
+from attnplan.profiles.statistics.attention_rows import attend, log_rows
+from attnplan.profiles.statistics.clusters import cluster_inertia
+from attnplan.profiles.statistics.head_profile import finalise
+from attnplan.profiles.statistics.layer_statistics import (
     LATER,
     LayerStatistics,
     measure,
@@ -26,8 +28,6 @@ from attnplan.profiles.layer_statistics import (
     merge_all,
     moments,
 )
-from attnplan.profiles.records import HeadProfile
-from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
 
 SCALE = 0.4
 shapes = st.fixed_dictionaries(

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attnplan.profiles import filters, records
-from attnplan.profiles.database import Store
-from attnplan.profiles.filters import NUMBER, TEXT, TRUTH, parse_filter
-from attnplan.profiles.queries import VIEWS, Table, run_query, view_of
-from attnplan.profiles.scalars import SCALAR_NAMES
+from attnplan.profiles.records import records
+from attnplan.profiles.records.scalars import SCALAR_NAMES
+from attnplan.profiles.store import filters
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.store.filters import NUMBER, TEXT, TRUTH, parse_filter
+from attnplan.profiles.store.queries import VIEWS, Table, run_query, view_of
 
 MODEL = records.ModelIdentity("f" * 64, 'o\'Brien "7B" %_\\', "L", 2, 3, 1, 16, {}, "w")
 DATASET = records.DatasetIdentity("d" * 64, "builtin", "calibration", 256, {})

@@ -22,9 +22,9 @@ from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.layer_store import capacity, row_bytes
 from attnplan.models import LoadedModel, load_model
 from attnplan.patch import patch_assignment, unpatch
-from attnplan.profiles.calibration import load_sequences
-from attnplan.profiles.capture import capture
-from attnplan.profiles.database import Store
+from attnplan.profiles.capture.capture import capture
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.text.calibration import load_sequences
 from attnplan.profiling import Workload, capture_files, run_key
 from attnplan.remembering import remember
 from attnplan.search.budget import Budget, BudgetError, parse_memory

@@ -15,7 +15,7 @@ from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
 from attnplan.models import LoadedModel
 from attnplan.patch import patch_assignment, unpatch
-from attnplan.profiles.calibration import load_sequences
+from attnplan.profiles.text.calibration import load_sequences
 from attnplan.retrieval import DEPTHS, KINDS, Recall, Retrieval, rehearsal, retrieval
 
 

@@ -16,8 +16,8 @@ from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.engines import reference
 from attnplan.kernels.near.window import Window
 from attnplan.kernels.tile_list import BLOCK
-from attnplan.profiles.capture import LayerCapture, SequenceCapture
-from attnplan.profiles.capture_files import CaptureFiles
+from attnplan.profiles.capture.capture import LayerCapture, SequenceCapture
+from attnplan.profiles.capture.capture_files import CaptureFiles
 from attnplan.search.scores import Observed, sampled_blocks, score_layer
 
 DENSE = catalog.DENSE

@@ -31,8 +31,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from attnplan.profiles.implementation import implementation
-from attnplan.profiles.output_head import (
+from attnplan.profiles.capture.implementation import implementation
+from attnplan.profiles.capture.output_head import (
     Body,
     output_head,
     overflowing,

@@ -1,7 +1,7 @@
 """The tables of the store, and the three ways in which rows get into them.
 
 Every row is keyed by what determines it. A change of a table needs a migration in
-`profiles/migrations/versions`; a test compares the two.
+`profiles/store/migrations/versions`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from attnplan.profiles.records import PLAN_FIGURES
-from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.records.records import PLAN_FIGURES
+from attnplan.profiles.records.scalars import ARRAY_NAMES, SCALAR_NAMES
 
 Digest = Text()
 Time = String(20)
@@ -113,7 +113,7 @@ class ShardRow(Base):
 
 
 class HeadRow(Base):
-    """One head's statistics; the columns come from `profiles/scalars.py`."""
+    """One head's statistics; the columns come from `profiles/records/scalars.py`."""
 
     __table__ = Table(
         "head_profiles",

@@ -2,7 +2,7 @@
 
     run_query(store, "heads", where="sink_mass > 0.5 and k_rank95 < 16", order_by="sink_mass desc")
 
-Filters are parsed (`profiles/filters.py`) and their values bound: no text of a user's reaches SQL.
+Filters are parsed (`store/filters.py`) and their values bound: no text of a user's reaches SQL.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 
-from attnplan.profiles import filters
-from attnplan.profiles.arrays import unpack
-from attnplan.profiles.database import Store
-from attnplan.profiles.records import PLAN_FIGURES
-from attnplan.profiles.scalars import SCALARS
-from attnplan.profiles.tables import (
+from attnplan.profiles.records.arrays import unpack
+from attnplan.profiles.records.records import PLAN_FIGURES
+from attnplan.profiles.records.scalars import SCALARS
+from attnplan.profiles.store import filters
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.store.tables import (
     DatasetRow,
     DeviceRow,
     HeadRow,
@@ -125,7 +125,7 @@ def run_query(
 
     Args:
         view: one of `VIEWS`.
-        where: a filter, see `profiles/filters.py`.
+        where: a filter, see `profiles/store/filters.py`.
         order_by: columns, separated by commas, each alone or followed by `desc` or `asc`. Missing
             values come last.
         limit: at most so many rows.

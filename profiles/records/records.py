@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attnplan.profiles.arrays import Array
-from attnplan.profiles.digest import digest
-from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.records.arrays import Array
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.records.scalars import ARRAY_NAMES, SCALAR_NAMES
 
 PLAN_FIGURES: tuple[tuple[str, str], ...] = (
     ("density", "multiply-adds, selection included, over those of dense causal attention"),
@@ -92,9 +92,9 @@ class HeadProfile:
     """The statistics of one head.
 
     Attributes:
-        scalars: name of `profiles/scalars.py` to value; NaN, or left out, where the statistic does
-            not exist for this head.
-        arrays: spectra and block heat map, by the names of `profiles/scalars.py`.
+        scalars: name of `profiles/records/scalars.py` to value; NaN, or left out, where the
+            statistic does not exist for this head.
+        arrays: spectra and block heat map, by the names of `profiles/records/scalars.py`.
     """
 
     layer: int
@@ -108,7 +108,9 @@ class HeadProfile:
             *self.scalars.keys() - set(SCALAR_NAMES),
             *self.arrays.keys() - set(ARRAY_NAMES),
         ]:
-            raise ValueError(f"{where}: unknown statistic {name!r}; see profiles/scalars.py")
+            raise ValueError(
+                f"{where}: unknown statistic {name!r}; see profiles/records/scalars.py"
+            )
         for name, value in self.scalars.items():
             if math.isinf(value):
                 raise ValueError(f"{where}: {name} is {value}; leave it out or pass NaN")

@@ -18,13 +18,13 @@ import numpy as np
 from sqlalchemy import Connection, Table, select, update
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from attnplan.profiles import magnitudes, records
-from attnplan.profiles.arrays import Array, narrow, pack, pack_all, unpack, unpack_all
-from attnplan.profiles.digest import digest
-from attnplan.profiles.migrations.engine import DatabaseError as DatabaseError
-from attnplan.profiles.migrations.engine import explained, open_engine
-from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
-from attnplan.profiles.tables import (
+from attnplan.profiles.records import magnitudes, records
+from attnplan.profiles.records.arrays import Array, narrow, pack, pack_all, unpack, unpack_all
+from attnplan.profiles.records.digest import digest
+from attnplan.profiles.records.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.store.migrations.engine import DatabaseError as DatabaseError
+from attnplan.profiles.store.migrations.engine import explained, open_engine
+from attnplan.profiles.store.tables import (
     TIMING_KEY,
     DatasetRow,
     DeviceRow,

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attnplan.profiles.capture import LayerCapture, SequenceCapture
+from attnplan.profiles.capture.capture import LayerCapture, SequenceCapture
 
 _TENSORS = ("query", "key", "value", "gradient", "projection")
 _FOLDER = re.compile(r"[0-9a-f]{16}(-\d+)?")

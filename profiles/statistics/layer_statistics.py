@@ -2,7 +2,7 @@
 
 Each text gives one `LayerStatistics`: counts, sums, Gram matrices and histograms, which are added,
 and maxima, of which the larger is taken. So profiles of any shards of the texts, in any order,
-merge to the profile of all of them; only `attnplan.profiles.head_profile.finalise` divides.
+merge to the profile of all of them; only `finalise` of `head_profile.py` divides.
 
 What is not a sum by nature is made one so:
 
@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.kernels.approximation import POSITIONS, Moments
-from attnplan.profiles import probes
-from attnplan.profiles.clusters import cluster_inertia
-from attnplan.profiles.probes import CELLS, AttentionProbe
-from attnplan.profiles.side_by_side import side_by_side
+from attnplan.profiles.statistics import probes
+from attnplan.profiles.statistics.clusters import cluster_inertia
+from attnplan.profiles.statistics.parallel import side_by_side
+from attnplan.profiles.statistics.probes import CELLS, AttentionProbe
 
 if TYPE_CHECKING:
-    from attnplan.profiles.capture import LayerCapture
+    from attnplan.profiles.capture.capture import LayerCapture
 
 Array = NDArray[np.float64]
 

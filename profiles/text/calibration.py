@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnplan.profiles.builtin_text import KINDS, documents
-from attnplan.profiles.records import DatasetIdentity
+from attnplan.profiles.records.records import DatasetIdentity
+from attnplan.profiles.text.builtin_text import KINDS, documents
 
 BUILTIN = "builtin"
 SPLITS = ("calibration", "holdout", "all")

@@ -1,8 +1,8 @@
 """Opens a database, SQLite or PostgreSQL, and brings its tables to the newest schema.
 
-A change of schema, from the root of the repository, after editing `profiles/tables.py`:
+A change of schema, from the root of the repository, after editing `profiles/store/tables.py`:
 
-    python -c "from attnplan.profiles.migrations.engine import write_migration as w; w('add x')"
+    python -c "from attnplan.profiles.store.migrations import engine as e; e.write_migration('x')"
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class explained:
 
 
 def write_migration(message: str, folder: Path = HERE) -> Path:
-    """Write the migration from the newest one to `profiles/tables.py`, to be read and edited."""
+    """Write the migration from the newest one to `store/tables.py`, to be read and edited."""
     config = _config(folder)
     script = ScriptDirectory.from_config(config)
     number = f"{len(list(script.walk_revisions())) + 1:04d}"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels.tile_list import BLOCK
-from attnplan.profiles.attention_rows import CHUNK, attend, log_rows
+from attnplan.profiles.statistics.attention_rows import CHUNK, attend, log_rows
 
 SINKS = 4
 WINDOW = 128

@@ -8,10 +8,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attnplan.profiles.database import Store
-from attnplan.profiles.digest import canonical
-from attnplan.profiles.output_files import check_output, replace_file
-from attnplan.profiles.records import DeviceIdentity, KernelTiming
+from attnplan.profiles.records.digest import canonical
+from attnplan.profiles.records.records import DeviceIdentity, KernelTiming
+from attnplan.profiles.store.database import Store
+from attnplan.profiles.store.output_files import check_output, replace_file
 
 VERSION = 1
 """Of the format; every line carries it."""

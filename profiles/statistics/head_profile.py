@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attnplan.profiles import spectra
-from attnplan.profiles.layer_statistics import ENTROPY_EDGES, NORM_EDGES, LayerStatistics
-from attnplan.profiles.probes import TOPS, WINDOWS
-from attnplan.profiles.records import HeadProfile
-from attnplan.profiles.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.records.records import HeadProfile
+from attnplan.profiles.records.scalars import ARRAY_NAMES, SCALAR_NAMES
+from attnplan.profiles.statistics import spectra
+from attnplan.profiles.statistics.layer_statistics import ENTROPY_EDGES, NORM_EDGES, LayerStatistics
+from attnplan.profiles.statistics.probes import TOPS, WINDOWS
 
 Array = NDArray[np.float64]
 

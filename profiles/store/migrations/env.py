@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
-from attnplan.profiles.migrations.engine import VERSION_TABLE
-from attnplan.profiles.tables import Base
+from attnplan.profiles.store.migrations.engine import VERSION_TABLE
+from attnplan.profiles.store.tables import Base
 
 context.configure(
     connection=context.config.attributes["connection"],
