@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels.executor import digest_of
 from attnplan.kernels.stored import StoredRows
+
+if TYPE_CHECKING:
+    from attnplan.kernels.engines.decode_cpu import OneToken
 
 
 def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tuple[Tensor, Tensor]:
@@ -20,6 +24,27 @@ def decode(query: Tensor, stored: Sequence[StoredRows], *, scale: float) -> tupl
         ValueError: no engine for this device, or it cannot read these rows.
     """
     return _engine(query.device)(query, stored, scale=scale)
+
+
+def one_token(
+    query: Tensor, key: Tensor, value: Tensor, stored: Sequence[StoredRows], *, scale: float
+) -> OneToken | None:
+    """Calls of single tokens over the same rows, as cheap for the host as they can be.
+
+    Args:
+        query, key, value: of a first call, see `OneToken`.
+        stored: every kv head of the layer once, with room for what is to come; `length` rows are in
+            use, of which the last may be overwritten.
+        scale: factor before the softmax.
+
+    Returns:
+        None where the device has no such calls, or where these rows need `decode`.
+    """
+    if query.device.type != "cpu":
+        return None
+    from attnplan.kernels.engines.decode_cpu import OneToken
+
+    return OneToken.of(query, key, value, stored, scale)
 
 
 def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:

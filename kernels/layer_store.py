@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnplan.kernels.approximation import Fitted
-from attnplan.kernels.decoding import decode
+from attnplan.kernels.decoding import decode, one_token
 from attnplan.kernels.keeper import SLACK, Keeper, Past
 from attnplan.kernels.stored import PAGE, StoredRows, bounds_of
+
+if TYPE_CHECKING:
+    from attnplan.kernels.engines.decode_cpu import OneToken
 
 QUANTUM = 64
 """Rows that an allocation is rounded up to."""
@@ -82,6 +86,19 @@ class _Group:
     def is_due(self) -> bool:
         limit = self.keeper.limit
         return limit is not None and self.length >= limit + self.keeper.slack
+
+    @property
+    def free(self) -> int:
+        """Rows that can be added before something moves."""
+        room, limit = self.key.shape[2] - self.length, self.keeper.limit
+        return room if limit is None else max(min(room, limit + self.keeper.slack - self.length), 0)
+
+    @torch.inference_mode(False)  # what is stored may be written to in other modes
+    def clear(self) -> None:
+        """Let what is told of the rows to come be what is true of a new exact key."""
+        for tensor in (self.bias, self.attention):
+            if tensor is not None:
+                tensor[:, :, self.length :] = 0
 
     def append(self, key: Tensor, value: Tensor, padding: Tensor | None) -> None:
         """Add rows of the whole layer after `reserve`; `padding` is true where a row is none."""
@@ -299,6 +316,10 @@ class LayerStore:
         self._observes = any(group.keeper.observes for group in self._groups)
         self._queries: list[Tensor] = []
         self._waiting = 0
+        self._steps: OneToken | None = None
+        """Calls of single tokens, as long as nothing moves."""
+        self._free = 0
+        """How many of them there is room for before something moves."""
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -326,6 +347,7 @@ class LayerStore:
             value: [batch, kv_heads, tokens, value_dim].
             padding: bool [batch, tokens], true where a token is none; None for no padding.
         """
+        self._steps = None
         for group in self._groups:  # first, because memory may run out
             group.reserve(key, value, padding is not None)
         for group in self._groups:
@@ -373,6 +395,48 @@ class LayerStore:
             found.append(decode(token, seen, scale=self.scale)[0])
         return found[0] if count == 1 else torch.cat(found, 2)
 
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """`append`, `attend` and `settle` of one token of every text, where nothing has to move.
+
+        Args:
+            query: [batch, heads, 1, head_dim].
+            key: [batch, kv_heads, 1, head_dim], after RoPE.
+            value: [batch, kv_heads, 1, value_dim].
+
+        Returns:
+            As `attend`; None where it has to be done in parts: nothing has changed then.
+        """
+        if query.shape[2] != 1:
+            return None
+        steps = self._steps
+        if steps is None:
+            steps = self._steps = self._prepared(query, key, value)
+        if steps is None or self._free == 0 or not steps.fits(query, key, value):
+            return None
+        output = steps(query, key, value, [group.length + 1 for group in self._groups])
+        for group in self._groups:
+            group.length += 1
+        self.seen += 1
+        self._free -= 1
+        self._waiting += 1
+        if self._observes:
+            self._queries.append(query.detach().clone())
+        if (self._free == 0 or self._waiting >= SLACK) and not self.recording:
+            self._condense()
+        return output
+
+    def _prepared(self, query: Tensor, key: Tensor, value: Tensor) -> OneToken | None:
+        """Calls of single tokens over the rows as they lie now."""
+        if self._reads or self.seen < max(self.begins, 1):
+            return None
+        self._free = min(group.free for group in self._groups)
+        if self._free == 0:
+            return None
+        for group in self._groups:
+            group.clear()
+        stored = [replace(rows, length=rows.length + 1) for rows in self.stored]
+        return one_token(query, key, value, stored, scale=self.scale)
+
     def settle(self, query: Tensor) -> None:
         """After attention: remember who was attended to, and condense what has become too long.
 
@@ -396,6 +460,7 @@ class LayerStore:
             self._waiting = 0
         if self.seen >= self.begins:
             for group in due:
+                self._steps = None
                 group.condense()
 
     def crop(self, tokens: int) -> None:
@@ -405,6 +470,7 @@ class LayerStore:
             ValueError: some of them are condensed already.
         """
         self.check_crop(tokens)
+        self._steps = None
         self._forget_queries(tokens)
         for group in self._groups:
             group.take_back(tokens)
@@ -435,6 +501,7 @@ class LayerStore:
         Args:
             index: int64 [rows].
         """
+        self._steps = None
         for group in self._groups:
             group.select(index)
         with torch.inference_mode(False):

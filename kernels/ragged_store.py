@@ -278,6 +278,18 @@ class RaggedStore:
             return query.new_zeros(*query.shape[:3], value_dim)
         return output
 
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """One token more of a batch without padding; see `LayerStore.step`."""
+        if self._patterns is not None or len(self._groups) != 1:
+            return None
+        (group,) = self._groups
+        if group.index is not None or group.new is not None or group.hidden is not None:
+            return None
+        output = group.store.step(query, key, value)
+        if output is not None:
+            self.seen += 1
+        return output
+
     def settle(self, query: Tensor) -> None:
         """After attention: see `LayerStore.settle`."""
         for group, some in self._parts(query):

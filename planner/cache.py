@@ -119,6 +119,11 @@ class PlanLayer(DynamicLayer):  # type: ignore[misc]
 
     def attend(self, query: Tensor, scale: float, seen: Visible | None) -> Tensor:
         """Attention of tokens that continue a text, [batch, heads, tokens, value_dim]."""
+        if seen is None and self.store is not None and self.pending is not None:
+            found = self.store.step(query, *self.pending)
+            if found is not None:
+                self.pending = None
+                return found
         store = self._append(scale, seen)
         output = store.attend(query)
         store.settle(query)

@@ -334,7 +334,7 @@ def test_rows_are_not_counted_before_they_are_stored(
     from attnplan.kernels import layer_store
 
     keeping(model, NARROW)
-    ids, one = text(60, 1), text(1, 1)
+    ids, one = text(60, 1), text(2, 1)
     cache, other = filled(model, ids), filled(model, ids)
 
     def fail(*args: Any) -> Any:
@@ -342,6 +342,28 @@ def test_rows_are_not_counted_before_they_are_stored(
 
     with monkeypatch.context() as context:
         context.setattr(layer_store._Group, "reserve", fail)
+        with pytest.raises(MemoryError):
+            logits(model, one, cache=cache)
+    assert [layer.store.rows for layer in cache.layers] == [(60, 60)] * 2
+    assert [layer.get_seq_length() for layer in cache.layers] == [60, 60]
+    assert torch.equal(logits(model, one, cache=cache), logits(model, one, cache=other))
+
+
+def test_a_token_is_not_counted_before_its_attention(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, where one token is stored and attended to at once."""
+    from attnplan.kernels.layer_store import LayerStore
+
+    keeping(model, NARROW)
+    ids, one = text(60, 1), text(1, 1)
+    cache, other = filled(model, ids), filled(model, ids)
+
+    def fail(*args: Any) -> Any:
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as context:
+        context.setattr(LayerStore, "step", fail)
         with pytest.raises(MemoryError):
             logits(model, one, cache=cache)
     assert [layer.store.rows for layer in cache.layers] == [(60, 60)] * 2

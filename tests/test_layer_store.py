@@ -211,6 +211,69 @@ def test_tokens_can_be_taken_back_while_recording(keeper: Keeper) -> None:
     torch.testing.assert_close(recording.attend(query[0]), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("keeper", SMALL)
+def test_a_step_does_what_its_parts_do(keeper: Keeper) -> None:
+    """Beside a whole kv head; between chunks, tokens that are taken back and chosen rows."""
+    text = tokens(400, 3)
+    stores = [store_of(keeper, Full(), keeper) for _ in range(2)]
+    first, taken = 70, 0
+    for store in stores:
+        feed(store, tuple(t[:, :, :first] for t in text), [first])  # type: ignore[arg-type]
+    for number in range(180):
+        chunk = 3 if number % 50 == 20 else 1
+        query, key, value = (t[:, :, first : first + chunk] for t in text)
+        if number % 60 == 40:
+            for store in stores:
+                store.select(torch.tensor([1, 0]))
+        for store in stores:
+            store.recording = number % 70 < 6
+        found = [feed(stores[0], (query, key, value), [chunk])]
+        step = stores[1].step(query, key, value) if chunk == 1 else None
+        taken += step is not None
+        found.append(feed(stores[1], (query, key, value), [chunk]) if step is None else step)
+        assert torch.equal(*found)
+        first += chunk
+        if number % 70 == 5:
+            for store in stores:
+                store.crop(2)
+        assert stores[0].rows == stores[1].rows and stores[0].seen == stores[1].seen
+    assert taken == 0 if keeper.reads else taken > 150
+    for one, other in zip(stores[0].stored, stores[1].stored, strict=True):
+        assert torch.equal(one.key[:, :, : one.length], other.key[:, :, : one.length])
+        assert torch.equal(one.value[:, :, : one.length], other.value[:, :, : one.length])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_stores_sixteen_bits(dtype: torch.dtype) -> None:
+    query, key, value = (t.to(dtype) for t in tokens(80, 2))
+    stores = [store_of(Full(), Full()) for _ in range(2)]
+    for store in stores:
+        feed(store, (query[:, :, :60], key[:, :, :60], value[:, :, :60]), [60])
+    for at in range(60, 80):
+        one = tuple(t[:, :, at : at + 1] for t in (query, key, value))
+        step = stores[0].step(*one)
+        found = feed(stores[1], one, [1])  # type: ignore[arg-type]
+        assert at == 64 or step is not None  # there the tensors grow
+        assert torch.equal(feed(stores[0], one, [1]) if step is None else step, found)  # type: ignore[arg-type]
+
+
+def test_a_step_refuses_what_does_not_fit_and_goes_back_to_its_parts() -> None:
+    text = tokens(100, 2)
+    store = store_of(Full(), Full())
+    assert store.step(*(t[:, :, :1] for t in text)) is None  # nothing is stored yet
+    feed(store, tuple(t[:, :, :70] for t in text), [70])  # type: ignore[arg-type]
+    query, key, value = (t[:, :, 70:71] for t in text)
+    assert store.step(query, key[..., :8], value) is None
+    assert store.step(query, key.double(), value) is None
+    assert store.rows == (70, 70)
+    strided = torch.stack([value, value], -1)[..., 0]
+    assert strided.stride(3) == 2 and store.step(query, key, strided) is None
+    found = store.step(query, key, value)
+    assert found is not None and store.rows == (71, 71)
+    expected = dense(tuple(t[:, :, :71] for t in text))[:, :, -1:]  # type: ignore[arg-type]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
 def test_what_is_condensed_cannot_be_taken_back() -> None:
     """Without recording the error says what to do."""
     store = store_of(Recent(window=40))

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -47,8 +48,9 @@ struct DecodeCall {
     int64_t batch, kv_heads, group, queries, head_dim, value_dim, threads, run;
     double scale;
     Strided query, output;
-    float* lse;  // [batch, heads, queries]
+    float* lse;  // [batch, heads, queries], or null
     const Head* heads;
+    Strided key, value;  // of one new token, to become the last row of every head; or null
 };
 
 struct Item {
@@ -222,12 +224,33 @@ struct Decoder {
             T* to = (T*)c.output.data + i.batch * c.output.batch + h * c.output.head +
                     q * c.output.row;
             for (int64_t d = 0; d < c.value_dim; d++) put(to + d, mass > 0 ? sum[d] / mass : 0.f);
-            c.lse[(i.batch * c.kv_heads * c.group + h) * c.queries + q] =
-                mass > 0 ? shift + std::log(mass) : NONE;
+            if (c.lse)
+                c.lse[(i.batch * c.kv_heads * c.group + h) * c.queries + q] =
+                    mass > 0 ? shift + std::log(mass) : NONE;
+        }
+    }
+
+    static void take(const void* rows, int64_t at, const Strided& from, int64_t batch, int64_t head,
+                     int64_t width) {
+        const T* row = (const T*)from.data + batch * from.batch + head * from.head;
+        std::memcpy((T*)const_cast<void*>(rows) + at, row, width * sizeof(T));
+    }
+
+    // The key and the value of a new token become the last rows.
+    void take_in() const {
+        for (int64_t h = 0; h < c.kv_heads; h++) {
+            const Head& own = c.heads[h];
+            for (int64_t b = 0; b < c.batch; b++) {
+                int64_t key = b * own.key_batch + (own.rows - 1) * own.key_row;
+                int64_t value = b * own.value_batch + (own.rows - 1) * own.value_row;
+                take(own.key, key, c.key, b, own.index, c.head_dim);
+                take(own.value, value, c.value, b, own.index, c.value_dim);
+            }
         }
     }
 
     int run() const {
+        if (c.key.data) take_in();
         std::vector<Item> items;
         std::vector<int64_t> begins;
         for (int64_t b = 0; b < c.batch; b++)

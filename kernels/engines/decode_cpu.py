@@ -96,6 +96,8 @@ class _Call(ctypes.Structure):
         ("output", _Strided),
         ("lse", ctypes.c_void_p),
         ("heads", ctypes.c_void_p),
+        ("key", _Strided),
+        ("value", _Strided),
     )
 
 
@@ -103,16 +105,19 @@ class _Table:
     """The kv heads of a layer as decode.cpp reads them, while their rows lie where they lie.
 
     Attributes:
+        value_dim: of the rows.
         held: copies that it reads, because rows do not lie as they must.
     """
 
     def __init__(self, library: ctypes.CDLL, stored: Sequence[StoredRows], group: int) -> None:
         self._decode = library.attnplan_decode
         self._group = group
-        self._value_dim = stored[0].value.shape[3]
+        self.value_dim = stored[0].value.shape[3]
         self.held: list[Tensor] = []
         heads = [head for rows in stored for head in self._heads(rows)]
         self._table = (_Head * len(heads))(*heads)
+        each = iter(self._table)
+        self._parts = [[next(each) for _ in rows.kv_heads] for rows in stored]
 
     def _heads(self, rows: StoredRows) -> Iterator[_Head]:
         key, value = (self._whole(t, 3) for t in (rows.key.detach(), rows.value.detach()))
@@ -139,30 +144,108 @@ class _Table:
     def __call__(
         self, query: Tensor, stored: Sequence[StoredRows], scale: float
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, queries, head_dim = query.shape
+        batch, heads, queries, _ = query.shape
         query = query.detach()
         query = query if query.stride(3) == 1 else query.contiguous()
-        output = query.new_empty(batch, queries, heads, self._value_dim).transpose(1, 2)
+        output = query.new_empty(batch, queries, heads, self.value_dim).transpose(1, 2)
         lse = torch.empty(batch, heads, queries)
-        place = total = 0
-        for rows in stored:
-            for _ in rows.kv_heads:
-                self._table[place].rows = rows.length
-                place += 1
-            total += rows.length * len(rows.kv_heads)
-        threads = torch.get_num_threads()
+        call = self.call(query.shape, query.dtype, scale)
+        call.lse = lse.data_ptr()
+        self.run(call, query, output, [rows.length for rows in stored])
+        return output, lse
+
+    def call(self, shape: Sequence[int], dtype: torch.dtype, scale: float) -> _Call:
+        """What all calls with queries of a shape and a dtype have in common."""
+        batch, _, queries, head_dim = shape
         call = _Call(
-            *(DTYPES[query.dtype], batch, place, self._group, queries, head_dim, self._value_dim),
-            *(threads, max(RUN, -(-batch * total // (4 * threads * RUN)) * RUN)),
-            scale,
-            _Strided(query.data_ptr(), *query.stride()[:3]),
-            _Strided(output.data_ptr(), *output.stride()[:3]),
-            lse.data_ptr(),
-            ctypes.addressof(self._table),
+            *(DTYPES[dtype], batch, len(self._table), self._group, queries),
+            *(head_dim, self.value_dim),
         )
+        call.scale = scale
+        call.heads = ctypes.addressof(self._table)
+        return call
+
+    def run(self, call: _Call, query: Tensor, output: Tensor, lengths: Sequence[int]) -> None:
+        """Fill `output`, [batch, heads, queries, value_dim]; `lengths` are those of `stored`."""
+        total = 0
+        for heads, length in zip(self._parts, lengths, strict=True):
+            for head in heads:
+                head.rows = length
+            total += length * len(heads)
+        threads = torch.get_num_threads()
+        call.threads = threads
+        call.run = max(RUN, -(-call.batch * total // (4 * threads * RUN)) * RUN)
+        _point(call.query, query)
+        _point(call.output, output)
         if self._decode(ctypes.byref(call)):
             raise MemoryError("out of memory")
-        return output, lse
+
+
+def _point(to: _Strided, tensor: Tensor) -> None:
+    to.data = tensor.data_ptr()
+    to.batch, to.head, to.row, _ = tensor.stride()
+
+
+class OneToken:
+    """Calls of one token at a time, which becomes the last row of every kv head.
+
+    A call changes what this holds, so calls are made one after the other.
+    """
+
+    def __init__(
+        self, table: _Table, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> None:
+        self._table = table
+        self._call = table.call(query.shape, query.dtype, scale)
+        self._shapes = query.shape, key.shape, value.shape, query.dtype
+        self._output = query.shape[0], 1, query.shape[1], table.value_dim
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, value: Tensor, stored: Sequence[StoredRows], scale: float
+    ) -> OneToken | None:
+        """See `decoding.one_token`."""
+        library = build.load().library
+        if (
+            library is None
+            or query.dtype not in DTYPES
+            or any(rows.pages is not None for rows in stored)
+        ):
+            return None
+        group = check(query, stored)
+        table = _Table(library, stored, group)
+        one = (query.shape[0], query.shape[1] // group, 1)
+        right = (*one, query.shape[3]), (*one, table.value_dim)
+        if table.held or (key.shape, value.shape) != right:
+            return None
+        made = cls(table, query, key, value, scale)
+        return made if made.fits(query, key, value) else None
+
+    def fits(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether these are like those of the first call."""
+        return (
+            (query.shape, key.shape, value.shape, query.dtype) == self._shapes
+            and key.dtype == value.dtype == query.dtype
+            and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Store a token and attend to all rows.
+
+        Args:
+            query: [batch, heads, 1, head_dim].
+            key: [batch, kv_heads, 1, head_dim].
+            value: [batch, kv_heads, 1, value_dim].
+            lengths: rows in use of each of `stored`, the new one included.
+
+        Returns:
+            [batch, heads, 1, value_dim], laid out as [batch, 1, heads, value_dim].
+        """
+        output = query.new_empty(self._output).transpose(1, 2)
+        _point(self._call.key, key)
+        _point(self._call.value, value)
+        self._table.run(self._call, query, output, lengths)
+        return output
 
 
 class _Tables(threading.local):
