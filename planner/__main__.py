@@ -1,5 +1,5 @@
 """`python -m attnplan`."""
 
-from attnplan.cli import main
+from attnplan.cli.app import main
 
 main()

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 
-from attnplan.models import LoadedModel, load_model
+from attnplan.models.load import LoadedModel, load_model
 
 
 @pytest.fixture(scope="session")

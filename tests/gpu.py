@@ -55,7 +55,7 @@ NO_GPU = ("test_triton_compile.py",)
 
 def steps(device: str, context: int, model: str | None) -> dict[str, list[str]]:
     """Name to command, in the order of their worth."""
-    from attnplan.predictions import METHODS
+    from attnplan.bench.predictions import METHODS
 
     attnplan = [sys.executable, "-m", "attnplan"]
     where = ["--device", device, "--db", f"sqlite:///{OUT}/gpu.db"]
@@ -239,7 +239,7 @@ def summarise(device: str) -> None:
     """`summary.md`: where it ran, and what every step printed."""
     import torch
 
-    from attnplan.timing import this_device
+    from attnplan.costs.prefill import this_device
 
     here = this_device(torch.device(device))
     lines = ["# GPU run", "", f"- device: {here.name}", f"- driver: {here.driver or 'none'}"]
@@ -259,7 +259,7 @@ def prepare() -> None:
     import torch
     from safetensors.torch import save_file
 
-    from attnplan.models import DEMO_FILE, load_model
+    from attnplan.models.load import DEMO_FILE, load_model
     from attnplan.profiles.capture.capture import capture
     from attnplan.profiles.text.calibration import load_sequences
 

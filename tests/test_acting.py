@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from attnplan import runtime
-from attnplan.evaluate import Reference, induction_accuracy, kl_rows, original
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.layer import LayerKernel
 from attnplan.kernels.near.dense import Dense
 from attnplan.kernels.near.window import Window
-from attnplan.patch import patch_assignment, unpatch
+from attnplan.quality.prefill import Reference, induction_accuracy, kl_rows, original
+from attnplan.runtime import attention as runtime
+from attnplan.runtime.patch import patch_assignment, unpatch
 from attnplan.search.evaluation import BROKEN_KL
 
 NARROW = Approximation(Window(8, 2))

@@ -23,14 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from attnplan.attention_sites import attention_sites
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.near.window import Window
-from attnplan.models import identity
-from attnplan.patch import load, patch, patch_assignment, patched_stats, unpatch
-from attnplan.plan import DecodeSection, Plan, PlanError, Target
-from attnplan.runtime import ATTRIBUTE, ELSEWHERE, PLANNED
+from attnplan.models.attention_sites import attention_sites
+from attnplan.models.load import identity
+from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target
+from attnplan.runtime.attention import ATTRIBUTE, ELSEWHERE, PLANNED
+from attnplan.runtime.patch import load, patch, patch_assignment, patched_stats, unpatch
 
 NARROW = Approximation(Window(8, 2))
 SIZES: dict[str, Any] = {

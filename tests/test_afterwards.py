@@ -23,16 +23,23 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from attnplan.attention_sites import attention_sites
-from attnplan.encoder import patch_encoder
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.near.window import Window
-from attnplan.models import identity
-from attnplan.patch import applied, patch, patch_assignment, patched_stats, reset_stats, unpatch
-from attnplan.plan import DecodeSection, Plan, PlanError, Target
-from attnplan.runtime import ATTRIBUTE, CONTINUED, DENSE_LAYER, ELSEWHERE, MASK, PLANNED
+from attnplan.models.attention_sites import attention_sites
+from attnplan.models.load import identity
+from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target
+from attnplan.runtime.attention import ATTRIBUTE, CONTINUED, DENSE_LAYER, ELSEWHERE, MASK, PLANNED
+from attnplan.runtime.encoder import patch_encoder
+from attnplan.runtime.patch import (
+    applied,
+    patch,
+    patch_assignment,
+    patched_stats,
+    reset_stats,
+    unpatch,
+)
 
 NARROW = Approximation(Window(8, 2))
 WIDER = Approximation(Window(16, 2))

@@ -22,8 +22,6 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from attnplan.attention_sites import implementation
-from attnplan.cache import PlanLayer, stored_bytes
 from attnplan.kernels import catalog
 from attnplan.kernels.keep.clusters import Clusters
 from attnplan.kernels.keep.full import Full
@@ -31,10 +29,12 @@ from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.near.window import Window
-from attnplan.models import LoadedModel, identity
-from attnplan.patch import load, patch, patch_assignment, patched_stats, unpatch
-from attnplan.plan import DecodeSection, Plan, PlanError, Target
-from attnplan.runtime import KEPT
+from attnplan.models.attention_sites import implementation
+from attnplan.models.load import LoadedModel, identity
+from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target
+from attnplan.runtime.attention import KEPT
+from attnplan.runtime.cache import PlanLayer, stored_bytes
+from attnplan.runtime.patch import load, patch, patch_assignment, patched_stats, unpatch
 
 NARROW, FULL = Recent(window=32, sinks=2), Full()
 WIDE = Recent(window=400)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tests import tiny_model
 
-from attnplan.models import load_model
+from attnplan.models.load import load_model
 from attnplan.profiles.capture.capture import LayerCapture, SequenceCapture
 from attnplan.profiles.capture.capture_files import CaptureFiles
-from attnplan.profiling import Workload, captures, repeated_string
+from attnplan.profiling.profiling import Workload, captures, repeated_string
 
 NAME = "0123456789abcdef"
 """As the folder of a run is called."""

@@ -21,14 +21,14 @@ import pytest
 import torch
 from tests import tiny_model
 
-from attnplan import cli
+from attnplan.cli import app as cli
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.window import Window
-from attnplan.models import load_model
-from attnplan.plan import Plan, Target
+from attnplan.models.load import load_model
+from attnplan.pipeline.verify import unjudged
+from attnplan.plan.plan import Plan, Target
 from attnplan.search.candidates import candidates
-from attnplan.verify import unjudged
 
 SMALL = ("--context", "256", "--sequences", "1")
 QUICK = (*SMALL, "--trials", "2", "--swaps", "1", "--repeats", "1")
@@ -601,7 +601,11 @@ def test_texts_that_cannot_be_used_are_refused(run: Run, folder: Path, command: 
 def test_lengths_that_cannot_be_measured_are_refused_before_any_work(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
 ) -> None:
-    for work in ("profiling.captured_text", "assess.Reference", "planning.Reference"):
+    for work in (
+        "profiling.profiling.captured_text",
+        "pipeline.assess.Reference",
+        "pipeline.search_prefill.Reference",
+    ):
         monkeypatch.setattr(f"attnplan.{work}", lambda *_: pytest.fail("work was done"))
     before = {path.name for path in folder.iterdir()}
     assert_one_sentence(run(*command.split(), "--sequences", 1), message)

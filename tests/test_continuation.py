@@ -11,13 +11,13 @@ import torch
 from tests.architectures import text, tiny
 from torch import Tensor
 
-from attnplan import continuation
-from attnplan.continuation import Continuation, likelihoods
-from attnplan.evaluate import Reference, original
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, Keeper
-from attnplan.patch import patch_assignment, unpatch
+from attnplan.quality import continuation
+from attnplan.quality.continuation import Continuation, likelihoods
+from attnplan.quality.prefill import Reference, original
+from attnplan.runtime.patch import patch_assignment, unpatch
 
 PROMPT, MORE = text(150), text(SLACK + 9, 2)
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from attnplan.attention_sites import attention_calls, attention_sites, implementations
-from attnplan.encoder import patch_encoder
+from attnplan.models.attention_sites import attention_calls, attention_sites, implementations
+from attnplan.runtime.encoder import patch_encoder
 
 SIZES: dict[str, Any] = dict(
     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4

@@ -23,16 +23,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from attnplan.attention_sites import attention_sites
-from attnplan.cache import PlanLayer, stored_bytes
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.near.window import Window
-from attnplan.models import identity
-from attnplan.patch import (
+from attnplan.models.attention_sites import attention_sites
+from attnplan.models.load import identity
+from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target
+from attnplan.runtime.attention import KEPT, LONG, SHORT
+from attnplan.runtime.cache import PlanLayer, stored_bytes
+from attnplan.runtime.patch import (
     applied,
     patch,
     patch_assignment,
@@ -40,9 +42,7 @@ from attnplan.patch import (
     reset_stats,
     unpatch,
 )
-from attnplan.plan import DecodeSection, Plan, PlanError, Target
-from attnplan.running import RUNNING
-from attnplan.runtime import KEPT, LONG, SHORT
+from attnplan.runtime.running import RUNNING
 
 NARROW, WIDE, FULL = Recent(32, 2), Recent(400), Full()
 SIZES: dict[str, Any] = {

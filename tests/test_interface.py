@@ -14,11 +14,13 @@ import torch
 import transformers
 from transformers import AfmoeConfig, AutoModelForCausalLM
 
-from attnplan import attention_sites, encoder, runtime
 from attnplan.kernels import catalog
-from attnplan.patch import patch_assignment, patched_stats, unpatch
+from attnplan.models import attention_sites
 from attnplan.profiles.capture import capture
-from attnplan.runtime import DENSE_LAYER
+from attnplan.runtime import attention as runtime
+from attnplan.runtime import encoder
+from attnplan.runtime.attention import DENSE_LAYER
+from attnplan.runtime.patch import patch_assignment, patched_stats, unpatch
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "plan": inspect.unwrap(runtime.attention),

@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 from tests import attention
 from torch import Tensor
 
-from attnplan import cli, kernel_rows, kernel_sweep
-from attnplan.kernel_report import tables
-from attnplan.kernel_rows import Row, Source, at_density, calls, efficiency, parse
-from attnplan.kernel_sweep import METHODS, Outcome, Sweep, sweep
+from attnplan.bench import rows as kernel_rows
+from attnplan.bench import sweep as kernel_sweep
+from attnplan.bench.rows import Row, Source, at_density, calls, efficiency, parse
+from attnplan.bench.sweep import METHODS, Outcome, Sweep, sweep
+from attnplan.cli import app as cli
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import Timing, WrongKernel
 from attnplan.kernels.layer import LayerKernel
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.window import Window
+from attnplan.report.kernel_tables import tables
 
 CPU = torch.device("cpu")
 TINY = Sweep(

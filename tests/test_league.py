@@ -9,15 +9,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from attnplan import league_page
+from attnplan.bench.league import COSTS, HEADERS, Entry, lines, table
+from attnplan.costs.prefill import spell
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.window import Window
-from attnplan.league import COSTS, HEADERS, Entry, lines, table
-from attnplan.scoring import ScoreTable
+from attnplan.pipeline.score_methods import ScoreTable
+from attnplan.report import league_page
 from attnplan.search.latency import LatencyModel
-from attnplan.timing import spell
 
 SHAPE = AttentionShape(1, 4, 2, 2048, 2048, 16)
 CHOICES = (

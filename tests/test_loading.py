@@ -15,8 +15,8 @@ from tests import tiny_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from attnplan import cli
-from attnplan.models import load_weights
+from attnplan.cli import app as cli
+from attnplan.models.load import load_weights
 
 Weights = dict[str, Tensor]
 QUERY = "model.layers.1.self_attn.q_proj.weight"

@@ -27,8 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from attnplan.attention_sites import attention_sites
-from attnplan.models import (
+from attnplan.models.attention_sites import attention_sites
+from attnplan.models.load import (
     check_context,
     identity,
     load_model,

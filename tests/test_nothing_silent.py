@@ -16,15 +16,15 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from attnplan.attention_sites import AttentionSite, attention_sites
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.near.window import Window
-from attnplan.patch import patch_assignment, patched_stats, unpatch
-from attnplan.runtime import KEPT, PLANNED
+from attnplan.models.attention_sites import AttentionSite, attention_sites
+from attnplan.runtime.attention import KEPT, PLANNED
+from attnplan.runtime.patch import patch_assignment, patched_stats, unpatch
 
 TOKENS = 64
 PROMPT, PAD = 24, 9

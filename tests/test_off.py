@@ -17,10 +17,10 @@ from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.layer import LayerKernel
 from attnplan.kernels.near.off import Off
 from attnplan.kernels.near.window import Window
-from attnplan.models import identity
-from attnplan.patch import patch, patch_assignment, patched_stats, unpatch
-from attnplan.plan import Plan, Target
-from attnplan.runtime import PLANNED
+from attnplan.models.load import identity
+from attnplan.plan.plan import Plan, Target
+from attnplan.runtime.attention import PLANNED
+from attnplan.runtime.patch import patch, patch_assignment, patched_stats, unpatch
 from attnplan.search.budget import Budget
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Problem

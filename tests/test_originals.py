@@ -27,7 +27,6 @@ from transformers import (
 )
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
-from attnplan.encoder import patch_encoder, unpatch_encoder
 from attnplan.kernels.originals.csalr import csalr_attention
 from attnplan.kernels.originals.linformer import (
     fit_projections,
@@ -38,6 +37,7 @@ from attnplan.kernels.originals.newton_schulz import newton_schulz
 from attnplan.kernels.originals.nystromformer import nystromformer_attention
 from attnplan.kernels.originals.skyformer import kernelized_attention, skyformer_attention
 from attnplan.profiles.text.builtin_text import documents
+from attnplan.runtime.encoder import patch_encoder, unpatch_encoder
 
 Operator = Callable[..., Tensor]
 LENGTH, HEADS, DIM = 24, 3, 8

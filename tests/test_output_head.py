@@ -15,13 +15,13 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from attnplan.attention_sites import attention_sites, implementations
-from attnplan.continuation import prompt, step
-from attnplan.evaluate import Reference, body_of
 from attnplan.kernels.approximation import Approximation
 from attnplan.kernels.near.window import Window
-from attnplan.patch import patch_assignment, unpatch
+from attnplan.models.attention_sites import attention_sites, implementations
 from attnplan.profiles.capture.capture import capture, logits_of
+from attnplan.quality.continuation import prompt, step
+from attnplan.quality.prefill import Reference, body_of
+from attnplan.runtime.patch import patch_assignment, unpatch
 
 NAMES = [*TEXTS, "Gemma 3 with images"]
 

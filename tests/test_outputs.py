@@ -17,11 +17,12 @@ import torch
 from tests import tiny_model
 from tests.test_plan import DENSE, FITTED, NARROW, fit, plan
 
-from attnplan import cli, league_page
-from attnplan.models import load_model
-from attnplan.plan import Plan, PlanError, Target
-from attnplan.plan_output import check_plan, data_file
+from attnplan.cli import app as cli
+from attnplan.models.load import load_model
+from attnplan.plan.output import check_plan, data_file
+from attnplan.plan.plan import Plan, PlanError, Target
 from attnplan.profiles.store.database import Store
+from attnplan.report import league_page
 
 FITTED_ROWS = [[FITTED] * 6] * 3
 STORE = "sqlite:///model/mine.db"
@@ -181,7 +182,11 @@ def test_every_command_is_looked_at() -> None:
 def test_what_would_destroy_a_file_is_refused_before_any_work(
     folder: Path, run: Run, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for work in ("profiling.captured_text", "kernel_sweep._measured", "profiling.capture"):
+    for work in (
+        "profiling.profiling.captured_text",
+        "bench.sweep._measured",
+        "profiling.profiling.capture",
+    ):
         monkeypatch.setattr(f"attnplan.{work}", lambda *_, **__: pytest.fail("work was done"))
     before = contents(folder)
     assert run(REFUSED[name]) == 2

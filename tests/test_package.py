@@ -28,21 +28,21 @@ SEEN = {
 IMPORTERS = {
     "transformers": {
         "profiles/capture/capture.py",
-        "planner/adapters.py",
-        "planner/adoption.py",
-        "planner/attention_sites.py",
-        "planner/console.py",
-        "planner/decode_timing.py",
-        "planner/encoder.py",
-        "planner/example_input.py",
-        "planner/following.py",
-        "planner/models.py",
-        "planner/own_configurations.py",
-        "planner/patch.py",
-        "planner/proof.py",
-        "planner/cache.py",
-        "planner/continuation.py",
-        "planner/runtime.py",
+        "planner/models/adapters.py",
+        "planner/runtime/adoption.py",
+        "planner/models/attention_sites.py",
+        "planner/cli/console.py",
+        "planner/costs/decode.py",
+        "planner/runtime/encoder.py",
+        "planner/models/example_input.py",
+        "planner/runtime/following.py",
+        "planner/models/load.py",
+        "planner/runtime/own_configurations.py",
+        "planner/runtime/patch.py",
+        "planner/runtime/proof.py",
+        "planner/runtime/cache.py",
+        "planner/quality/continuation.py",
+        "planner/runtime/attention.py",
     },
     "sqlalchemy": {
         "profiles/store/database.py",
@@ -58,9 +58,9 @@ IMPORTERS = {
     },
     "optuna": {"search/study.py"},
     "triton": {"kernels/engines/triton.py", "kernels/engines/*_triton.py"},
-    "yaml": {"planner/plan_yaml.py"},
-    "typer": {"planner/cli.py"},
-    "rich": {"planner/console.py"},
+    "yaml": {"planner/plan/located_yaml.py"},
+    "typer": {"planner/cli/app.py"},
+    "rich": {"planner/cli/console.py"},
 }
 """A reader knows where to look, and a version break has one address."""
 
@@ -168,7 +168,7 @@ def test_only_the_catalog_names_methods() -> None:
             )
 
 
-@pytest.mark.parametrize("command", ["import attnplan", "import attnplan.cli"])
+@pytest.mark.parametrize("command", ["import attnplan", "import attnplan.cli.app"])
 def test_importing_the_package_is_light(command: str) -> None:
     """`attnplan --help` answers at once."""
     loaded = f"{command}, sys; print(*sys.modules)"

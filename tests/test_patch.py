@@ -29,8 +29,19 @@ import attnplan
 from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Moments
 from attnplan.kernels.near.window import Window
-from attnplan.models import identity
-from attnplan.patch import (
+from attnplan.models.load import identity
+from attnplan.plan.plan import Plan, PlanError, Target
+from attnplan.runtime.attention import (
+    CONTINUED,
+    DENSE_LAYER,
+    ELSEWHERE,
+    LONG,
+    MASK,
+    PADDING,
+    PLANNED,
+    SHORT,
+)
+from attnplan.runtime.patch import (
     applied,
     load,
     patch,
@@ -39,8 +50,6 @@ from attnplan.patch import (
     reset_stats,
     unpatch,
 )
-from attnplan.plan import Plan, PlanError, Target
-from attnplan.runtime import CONTINUED, DENSE_LAYER, ELSEWHERE, LONG, MASK, PADDING, PLANNED, SHORT
 
 DENSE = catalog.DENSE
 FULL = Approximation(Window(4096))

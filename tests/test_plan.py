@@ -18,8 +18,8 @@ from attnplan.kernels import catalog
 from attnplan.kernels.approximation import Approximation, AttentionShape, Moments
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.near.window import Window
-from attnplan.plan import ModelIdentity, Plan, PlanError, Section, Target, needed_data
-from attnplan.plan_yaml import parse_ranges, ranges
+from attnplan.plan.located_yaml import parse_ranges, ranges
+from attnplan.plan.plan import ModelIdentity, Plan, PlanError, Section, Target, needed_data
 
 LAYERS, HEADS, HEAD_DIM = 3, 6, 16
 MODEL = ModelIdentity(

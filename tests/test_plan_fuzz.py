@@ -23,8 +23,8 @@ from attnplan.kernels.keep.clusters import Clusters
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
-from attnplan.plan import DecodeSection, Plan, PlanError, Section
-from attnplan.plan_output import data_file, digest_of
+from attnplan.plan.output import data_file, digest_of
+from attnplan.plan.plan import DecodeSection, Plan, PlanError, Section
 
 RANDOM, FAR = Approximation(Loki(8, 64)), Approximation(Window(64), CentroidT())
 MUTATIONS = 300

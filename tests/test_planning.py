@@ -15,17 +15,26 @@ import pytest
 import torch
 from tests import tiny_model
 
-from attnplan.evaluate import Quality, Reference
-from attnplan.explain import timing_rows
+from attnplan.costs.prefill import measure_device, parse, spell
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.approximation import Approximation, AttentionShape
 from attnplan.kernels.near.window import Window
-from attnplan.models import LoadedModel, load_model
-from attnplan.plan import Plan
-from attnplan.planning import Choice, Corrections, Outcome, Request, gated, never_slower, plan
+from attnplan.models.load import LoadedModel, load_model
+from attnplan.pipeline.score_methods import promising, score, scout
+from attnplan.pipeline.search_prefill import (
+    Choice,
+    Corrections,
+    Outcome,
+    Request,
+    gated,
+    never_slower,
+    plan,
+)
+from attnplan.pipeline.verify import Measured, crossover, density, fast, misses, running, unjudged
+from attnplan.plan.plan import Plan
 from attnplan.profiles.store.database import Store
 from attnplan.profiles.text.calibration import TokenSet, load_sequences
-from attnplan.profiling import (
+from attnplan.profiling.profiling import (
     Workload,
     capture_files,
     fitted_tensors,
@@ -33,8 +42,9 @@ from attnplan.profiling import (
     repeated_string,
     run_key,
 )
-from attnplan.report import HEADERS, comparison, figures, lines, to_plan
-from attnplan.scoring import promising, score, scout
+from attnplan.quality.prefill import Quality, Reference
+from attnplan.report.explain import timing_rows
+from attnplan.report.search_tables import HEADERS, comparison, figures, lines, to_plan
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates, parse_methods
 from attnplan.search.corrections import Corrections as SearchCorrections
@@ -42,8 +52,6 @@ from attnplan.search.evaluation import BROKEN_KL, Evaluated
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
 from attnplan.search.solve import limits_of
-from attnplan.timing import measure_device, parse, spell
-from attnplan.verify import Measured, crossover, density, fast, misses, running, unjudged
 
 CONTEXT = 256
 DENSE, NARROW = catalog.DENSE, Approximation(Window(32))

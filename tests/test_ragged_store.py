@@ -21,7 +21,7 @@ from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer_store import LayerStore
 from attnplan.kernels.ragged_store import RaggedStore
-from attnplan.patch import patch_assignment
+from attnplan.runtime.patch import patch_assignment
 
 PATTERNS = st.lists(st.integers(0, 9), min_size=1, max_size=6).map(
     lambda runs: (runs[0], *(run or 1 for run in runs[1:]))

@@ -11,22 +11,22 @@ import pytest
 import torch
 from tests import tiny_model
 
-from attnplan.continuation import Continuation, continued, decode_ms, held_bytes, peak_bytes
-from attnplan.decode_timing import decode_costs, time_keepers
-from attnplan.evaluate import Reference, original
-from attnplan.keeper_scoring import candidates_for, score_layer
+from attnplan.costs.decode import decode_costs, time_keepers
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.layer_store import capacity, row_bytes
-from attnplan.models import LoadedModel, load_model
-from attnplan.patch import patch_assignment, unpatch
+from attnplan.models.load import LoadedModel, load_model
+from attnplan.pipeline.score_policies import candidates_for, score_layer
+from attnplan.pipeline.search_cache import remember
 from attnplan.profiles.capture.capture import capture
 from attnplan.profiles.store.database import Store
 from attnplan.profiles.text.calibration import load_sequences
-from attnplan.profiling import Workload, capture_files, run_key
-from attnplan.remembering import remember
+from attnplan.profiling.profiling import Workload, capture_files, run_key
+from attnplan.quality.continuation import Continuation, continued, decode_ms, held_bytes, peak_bytes
+from attnplan.quality.prefill import Reference, original
+from attnplan.runtime.patch import patch_assignment, unpatch
 from attnplan.search.budget import Budget, BudgetError, parse_memory
 
 CONTEXT = 256

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from attnplan.evaluate import original
 from attnplan.kernels import catalog, keepers
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
-from attnplan.models import LoadedModel
-from attnplan.patch import patch_assignment, unpatch
+from attnplan.models.load import LoadedModel
 from attnplan.profiles.text.calibration import load_sequences
-from attnplan.retrieval import DEPTHS, KINDS, Recall, Retrieval, rehearsal, retrieval
+from attnplan.quality.prefill import original
+from attnplan.quality.retrieval import DEPTHS, KINDS, Recall, Retrieval, rehearsal, retrieval
+from attnplan.runtime.patch import patch_assignment, unpatch
 
 
 @contextmanager

@@ -13,22 +13,22 @@ import pytest
 import torch
 from tests import tiny_model
 
-from attnplan import cli
-from attnplan.gpus import GPUS, makespan, tiles_of
-from attnplan.kernel_rows import at_density, parse
-from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.loki import Loki
-from attnplan.kernels.near.window import Window
-from attnplan.plan import Plan
-from attnplan.predictions import crossover, decode_row, efficiency_row, far_row, mixed_row
-from attnplan.static_target import (
+from attnplan.bench.predictions import crossover, decode_row, efficiency_row, far_row, mixed_row
+from attnplan.bench.rows import at_density, parse
+from attnplan.cli import app as cli
+from attnplan.costs.estimate import (
     choice_ms,
     dense_ms,
     kernel_ms,
     layer_ms,
 )
+from attnplan.costs.gpus import GPUS, makespan, tiles_of
+from attnplan.kernels import catalog
+from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.near.block_topk import BlockTopK
+from attnplan.kernels.near.loki import Loki
+from attnplan.kernels.near.window import Window
+from attnplan.plan.plan import Plan
 
 H200 = GPUS["h200"]
 ALL = list(GPUS.values())
