@@ -16,8 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs, Moments
 from attnplan.kernels.indexing import heads_of
+from attnplan.kernels.operands.inputs import Inputs, Moments
 
 FLOOR = 1e-6
 """Directions with a smaller share of the largest energy are not stretched further."""

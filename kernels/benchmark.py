@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Approximation, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.dense_backends import OWN_CHOICE, best_dense, dense_attention
 from attnplan.kernels.gpu_clock import GpuClock
 from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.operands.inputs import Inputs
 
 MOST_REPEATS = 50
 REPEATED_MS = 500.0

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import LATER, AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.indexing import heads_of, numbers_on
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.pattern import causal, relative_positions, window_pairs
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import best

@@ -13,13 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import (
-    Approximation,
-    AttentionShape,
-    Compressor,
-    Moments,
-    Selector,
-)
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.contracts.compressor import Compressor
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.far.attention_matching import AttentionMatching
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.csalr import CSALR
@@ -53,6 +49,8 @@ from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.two_stage import TwoStage
 from attnplan.kernels.near.vertical_slash import VerticalSlash
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.spelling import build
 
 NEAR: dict[str, type[Selector]] = {

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Compressor, Inputs
+from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.indexing import heads_of, numbers_on
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK
 
 

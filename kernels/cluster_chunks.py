@@ -22,26 +22,14 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import open_clusters
-from attnplan.kernels.approximation import (
-    LATER,
-    AttentionShape,
-    Cost,
-    Inputs,
-    Kept,
-    Selector,
-    Slots,
-)
-from attnplan.kernels.single_keys import LEAST
-from attnplan.kernels.slot_chunks import (
-    ChunkCompressor,
-    Chunks,
-    Summary,
-    lloyd,
-    pick,
-    pooled,
-    spread,
-    take,
-)
+from attnplan.kernels.contracts.compressor import Kept
+from attnplan.kernels.contracts.knobs import LATER, LEAST
+from attnplan.kernels.contracts.selector import Selector
+from attnplan.kernels.numerics.clustering import lloyd, pick, spread, take
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape, Cost
+from attnplan.kernels.operands.slots import Slots
+from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, pooled
 from attnplan.kernels.tile_list import TileList
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.gpu_clock import Call, GpuClock
+from attnplan.kernels.operands.inputs import Inputs
 
 FUSED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

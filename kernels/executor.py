@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Slots
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import TileList
 

@@ -36,19 +36,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import (
-    AttentionShape,
-    Cost,
-    Inputs,
-    Kept,
-    Moments,
-    Selector,
-)
 from attnplan.kernels.chunked import ChunkedFarField
+from attnplan.kernels.contracts.compressor import Kept
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.indexing import heads_of
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape, Cost
+from attnplan.kernels.operands.token_tiles import pack_tokens
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
-from attnplan.kernels.token_selection import pack_tokens
 
 if TYPE_CHECKING:
     from attnplan.kernels.engines.linear_triton import Exponents

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Moments
+from attnplan.kernels.operands.inputs import Moments
 
 
 class Fits(Protocol):

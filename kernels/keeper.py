@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Fitted, Moments
+from attnplan.kernels.operands.inputs import Fitted, Moments
 
 SLACK = 32
 """Fewest rows that accumulate before a past is condensed; all keepers condense at multiples."""

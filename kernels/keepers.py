@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Moments
 from attnplan.kernels.keep.clusters import Clusters
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.operands.inputs import Moments
 from attnplan.kernels.spelling import build
 
 KEEPERS: dict[str, type[Keeper]] = {

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs
+from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.slot_chunks import Chunks, Summary
 
 
@@ -38,12 +38,6 @@ def points(rows: Tensor, chunks: Chunks, inputs: Inputs, rank: int = 0) -> Tenso
         strongest = inputs.fitted_heads("balanced.directions", chunks.head)[..., :rank]
         key_map = key_map @ strongest.to(rows.dtype)
     return (rows - mean[:, None, None]) @ key_map[:, None] * chunks.scale**0.5
-
-
-def gaussian(x: Tensor, y: Tensor) -> Tensor:
-    """e^{-|x-y|^2/2} of all pairs, [..., n, m]."""
-    squares = x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :]
-    return (x @ y.mT - squares / 2).clamp(max=0).exp()
 
 
 def log_shares(chunks: Chunks, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,18 +17,14 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import part, slot_rows, tile_list
-from attnplan.kernels.approximation import (
-    Approximation,
-    Compressor,
-    Fitted,
-    Inputs,
-    NearField,
-    Selector,
-    Slots,
-)
 from attnplan.kernels.block_pattern import ScoredBlocks
+from attnplan.kernels.contracts.approximation import Approximation, NearField
+from attnplan.kernels.contracts.compressor import Compressor
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.executor import attend
 from attnplan.kernels.indexing import numbers_on
+from attnplan.kernels.operands.inputs import Fitted, Inputs
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.part import Part
 from attnplan.kernels.pattern import StaticPattern
 from attnplan.kernels.tile_list import BLOCK, TileList

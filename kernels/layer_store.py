@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.decoding import decode, one_token
 from attnplan.kernels.keeper import SLACK, Keeper, Past
+from attnplan.kernels.operands.inputs import Fitted
 from attnplan.kernels.stored import PAGE, StoredRows, bounds_of
 
 if TYPE_CHECKING:

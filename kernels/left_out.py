@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import build
+from attnplan.kernels.operands.slots import Slots
+from attnplan.kernels.operands.token_tiles import pack_tokens
 from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TAKEN, TileList
-from attnplan.kernels.token_selection import pack_tokens
 
 NUMBERS = 1 << 24  # counts that are held at a time
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import build
 from attnplan.kernels.left_out import row_tiles
+from attnplan.kernels.operands.slots import Slots
+from attnplan.kernels.operands.token_tiles import pack_tokens
 from attnplan.kernels.tile_list import BLOCK, TileList
-from attnplan.kernels.token_selection import pack_tokens
 
 NUMBERS = 1 << 24  # scores that are held at a time
 LOWEST = -1e37  # of the logarithm of a slot's mass

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Inputs, Selector
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.indexing import numbers_on
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 
 

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import slot_rows, tile_list
-from attnplan.kernels.approximation import Approximation, Compressor, Inputs, Slots
 from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks, block_words
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.engines import part_triton, select_triton, triton
 from attnplan.kernels.engines import schedule as scheduling
 from attnplan.kernels.engines.schedule import FIELDS, Rows
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.part import Part
 from attnplan.kernels.pattern import StaticPattern
 from attnplan.kernels.tile_list import BLOCK, TileList

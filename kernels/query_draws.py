@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
+from attnplan.kernels.operands.inputs import Moments
 
 SEED = 0
 NAME = "drawn.queries"

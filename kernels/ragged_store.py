@@ -14,10 +14,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keeper import Keeper, is_whole
 from attnplan.kernels.layer_store import LayerStore
+from attnplan.kernels.operands.inputs import Fitted
 from attnplan.kernels.stored import StoredRows
 from attnplan.kernels.visible import (
     Pattern,

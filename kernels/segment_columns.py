@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Inputs
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs
+from attnplan.kernels.contracts.knobs import LEAST
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape, Cost
+from attnplan.kernels.operands.token_tiles import pack_tokens
 from attnplan.kernels.pattern import StaticPattern, causal, relative_positions
-from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
+from attnplan.kernels.single_keys import SingleKeys, row_floor
 from attnplan.kernels.tile_list import BLOCK, TileList
-from attnplan.kernels.token_selection import pack_tokens
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Selector
+from attnplan.kernels.contracts.selector import Selector
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.pattern import StaticPattern, window_pairs
 from attnplan.kernels.tile_list import BLOCK, TileList
-
-LEAST = 2048
-"""Keys from which a far field beside single keys is worth trying."""
 
 
 class SingleKeys(Selector):

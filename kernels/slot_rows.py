@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Slots
+from attnplan.kernels.operands.slots import Slots
 
 
 def rows_of_heads(groups: Sequence[Sequence[int]], heads: int) -> Tensor:

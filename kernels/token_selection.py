@@ -1,4 +1,4 @@
-"""Single keys per query: the top scores of every row, and the gather tiles that read them.
+"""Single keys per query: the top scores of every row.
 
 On the CPU with a C++ compiler `engines/token_selection.cpp` does the work; elsewhere torch does,
 in chunks of rows, so that no tensor of queries x keys appears.
@@ -12,9 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnplan.kernels import tile_list
 from attnplan.kernels.engines import build
-from attnplan.kernels.tile_list import BLOCK, GATHER, TileList
 
 TORCH_SCORES = 1 << 24  # scores that the torch path holds at a time
 
@@ -121,36 +119,6 @@ def _top_tokens_torch(
     return out
 
 
-def pack_tokens(tokens: Tensor, keys: int) -> TileList:
-    """Gather tiles from the single keys that each query chose: `tile_list.from_tokens`, fast.
-
-    Args:
-        tokens: int32 [batch, heads, queries, top], key positions, -1 for none, distinct per query.
-        keys: length of the text.
-
-    Raises:
-        ValueError: a token is outside the text.
-    """
-    library = build.load().library if tokens.device.type == "cpu" else None
-    if library is None or tokens.numel() == 0:
-        return tile_list.from_tokens(tokens, keys)
-    batch, heads, queries, top = tokens.shape
-    blocks = -(-queries // BLOCK)
-    tokens = tokens.to(torch.int32).contiguous()
-    offsets = torch.empty(batch * heads * blocks + 1, dtype=torch.int32)
-    sizes = (batch * heads, queries, top, keys, torch.get_num_threads())
-    arguments = (_pointer(tokens), *map(ctypes.c_int64, sizes), _pointer(offsets))
-    if library.attnplan_count_tiles(*arguments):
-        raise ValueError(f"a token is outside the text: {int(tokens.max())} of {keys} keys")
-    total = int(offsets[-1])
-    gather = torch.empty(total, BLOCK, dtype=torch.int32)
-    masks = torch.empty(total, BLOCK, dtype=torch.int64)
-    library.attnplan_fill_tiles(*arguments, _pointer(gather), _pointer(masks))
-    index = torch.arange(total, dtype=torch.int32)
-    tiles = torch.stack([torch.full_like(index, GATHER), index, index], dim=1)
-    return TileList(batch, heads, blocks, offsets, tiles, gather, masks)
-
-
 def best(scores: Tensor, candidate: Tensor, top: int) -> Tensor:
     """The `top` best candidates of every row as a mask, fewer where there are fewer.
 
@@ -217,7 +185,3 @@ class _TopCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "kv_head")),
         *((name, ctypes.c_void_p) for name in ("ranks", "tops", "low", "high", "out")),
     )
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.shape import AttentionShape
 
 MOST = 0.9
 """A candidate that computes a larger share than this is no alternative to dense."""

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.catalog import DENSE
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.executor import attend
+from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.tile_list import BLOCK
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, Inputs, Moments
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import reference
+from attnplan.kernels.operands.inputs import Inputs, Moments
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.slot_chunks import ChunkCompressor
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.near.window import Window
 from attnplan.models.attention_sites import attention_sites

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tests.attention import all_blocks, chosen_pairs, dense, moments, run
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK
 

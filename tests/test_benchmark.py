@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from attnplan.kernels import benchmark, catalog, dense_backends
-from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.dense_backends import DenseBackend, dense_attention
 from attnplan.kernels.gpu_clock import GpuClock
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
 
 CPU = torch.device("cpu")
 UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -17,14 +17,12 @@ from tests.attention import chosen_pairs, moments, run
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import (
-    Approximation,
-    AttentionShape,
-    Compressor,
-    Inputs,
-    Selector,
-)
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.contracts.compressor import Compressor
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 
 LONG = AttentionShape(1, 4, 2, 8192, 8192, 16)
 SMALL = {

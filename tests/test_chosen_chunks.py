@@ -9,8 +9,8 @@ import torch
 from tests.attention import all_blocks, chosen_pairs, dense, run, text
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import reference, triton
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
@@ -20,6 +20,8 @@ from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.slot_chunks import ChunkCompressor, chunk_tiles
 from attnplan.kernels.tile_list import BLOCK
 

@@ -7,10 +7,11 @@ import torch
 from tests.attention import moments
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs, Slots
 from attnplan.kernels.cluster_chunks import ClusterCompressor
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.slot_chunks import ChunkCompressor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import build, cpu, reference
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, SLOTS, TAKEN, TileList
 
 Engine = Callable[..., tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ from tests.attention import all_blocks, dense, moments, run
 from torch import Tensor
 
 from attnplan.kernels import catalog, feature_map, part
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.executor import attend
 from attnplan.kernels.far.csalr import CSALR
@@ -25,6 +25,8 @@ from attnplan.kernels.far.tensor_sketch import TensorSketch, hashes
 from attnplan.kernels.feature_map import FeatureMap, products, running_sums
 from attnplan.kernels.layer import LayerKernel
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.part import Part
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK

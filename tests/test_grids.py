@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.layer import can_prepare
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.search.candidates import candidates
 
 HEADS = {

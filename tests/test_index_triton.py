@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnplan.kernels.engines import index_triton
 from attnplan.kernels.near.lsh import LSH, _rotations
-from attnplan.kernels.slot_chunks import nearest
+from attnplan.kernels.numerics.clustering import nearest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

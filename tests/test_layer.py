@@ -12,17 +12,14 @@ from tests.attention import chosen_pairs
 from torch import Tensor
 
 from attnplan.kernels import catalog, layer
-from attnplan.kernels.approximation import (
-    Approximation,
-    AttentionShape,
-    Inputs,
-    Moments,
-)
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import reference
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.layer import LayerKernel
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape
 
 DENSE = catalog.DENSE
 CHOICES = [a for a in catalog.choices(AttentionShape(1, 4, 2, 600, 600, 16)) if not a.is_dense]

@@ -10,12 +10,12 @@ from tests.attention import moments
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.engines import linear_triton
 from attnplan.kernels.far.csalr import CSALR
 from attnplan.kernels.far.performer import Performer
 from attnplan.kernels.far.taylor import Taylor
 from attnplan.kernels.feature_map import FeatureMap, exponents_of
+from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.part import Part
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,14 +16,15 @@ from attnplan.kernels.block_pattern import BlockGrid, first_masses, pooled_queri
 from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.far.sampled_columns import SampledColumns
 from attnplan.kernels.far.wildcat import _pivots
-from attnplan.kernels.kernel_slots import gaussian
 from attnplan.kernels.near.antidiagonal import Antidiagonal
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.heavy_hitters import HeavyHitters
 from attnplan.kernels.near.leverage import leverage_scores, online_scores
 from attnplan.kernels.near.random_blocks import RandomBlocks
+from attnplan.kernels.numerics.clustering import pick, spread
+from attnplan.kernels.numerics.gaussian import gaussian
 from attnplan.kernels.pattern import causal
-from attnplan.kernels.slot_chunks import ChunkCompressor, pick, spread
+from attnplan.kernels.slot_chunks import ChunkCompressor
 
 FAR = [name for name, cls in catalog.FAR.items() if issubclass(cls, ChunkCompressor)]
 

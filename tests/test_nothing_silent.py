@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper

@@ -12,11 +12,13 @@ from tests.attention import Engine, dense, moments, run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import cpu, reference
 from attnplan.kernels.layer import LayerKernel
 from attnplan.kernels.near.off import Off
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import identity
 from attnplan.plan.plan import Plan, Target
 from attnplan.runtime.attention import PLANNED

@@ -11,12 +11,14 @@ from tests.test_single_keys import CALLS, by_slots, estimate
 from torch import Tensor
 
 from attnplan.kernels import catalog, open_clusters
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import build
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.single_keys import row_floor
 

@@ -27,8 +27,10 @@ from transformers import (
 
 import attnplan
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Moments
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import identity
 from attnplan.plan.plan import Plan, PlanError, Target
 from attnplan.runtime.attention import (

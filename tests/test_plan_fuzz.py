@@ -17,12 +17,13 @@ from tests.test_plan import DENSE, MODEL, NARROW, TARGET, fit
 from torch import Tensor
 
 from attnplan.kernels import keepers
-from attnplan.kernels.approximation import Approximation, Moments
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.keep.clusters import Clusters
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Moments
 from attnplan.plan.output import data_file, digest_of
 from attnplan.plan.plan import DecodeSection, Plan, PlanError, Section
 

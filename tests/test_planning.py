@@ -17,8 +17,9 @@ from tests import tiny_model
 
 from attnplan.costs.prefill import measure_device, parse, spell
 from attnplan.kernels import catalog, keepers
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel, load_model
 from attnplan.pipeline.score_methods import promising, score, scout
 from attnplan.pipeline.search_prefill import (

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnplan.kernels import catalog, prepared
-from attnplan.kernels.approximation import Approximation, Inputs
 from attnplan.kernels.block_pattern import (
     ASKING,
     BlockGrid,
@@ -22,6 +21,7 @@ from attnplan.kernels.block_pattern import (
     pooled_keys,
     pooled_queries,
 )
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import part_triton, reference, select_triton
 from attnplan.kernels.far.multipole import Multipole
 from attnplan.kernels.layer import LayerKernel, can_prepare, rounded
@@ -31,6 +31,7 @@ from attnplan.kernels.near.off import Off
 from attnplan.kernels.near.quest import Quest
 from attnplan.kernels.near.strided import Strided
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.part import Part
 from attnplan.kernels.slot_chunks import ChunkCompressor
 from attnplan.kernels.token_selection import best

@@ -13,13 +13,14 @@ from tests.test_patch import CONFIGS, build, logits, text
 from torch import Tensor
 
 from attnplan.kernels import catalog, visible
-from attnplan.kernels.approximation import Approximation, Moments
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keep.full import Full
 from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keep.pages import Pages
 from attnplan.kernels.keep.recent import Recent
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer_store import LayerStore
+from attnplan.kernels.operands.inputs import Moments
 from attnplan.kernels.ragged_store import RaggedStore
 from attnplan.runtime.patch import patch_assignment
 

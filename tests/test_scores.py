@@ -12,9 +12,11 @@ from tests.attention import moments
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import reference
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.profiles.capture.capture import LayerCapture, SequenceCapture
 from attnplan.profiles.capture.capture_files import CaptureFiles

@@ -13,12 +13,14 @@ from tests.attention import all_blocks, dense, moments, run
 from torch import Tensor
 
 from attnplan.kernels import balance, catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.engines import cpu
 from attnplan.kernels.near import smyrf, sorted_blocks
 from attnplan.kernels.near.routing import Routing, best_members
 from attnplan.kernels.near.smyrf import Smyrf
 from attnplan.kernels.near.sorted_blocks import SortedBlocks, gray_rank
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.segment_tokens import SegmentTokens
 

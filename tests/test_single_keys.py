@@ -12,7 +12,8 @@ from tests.attention import all_blocks, dense, run, text
 from torch import Tensor
 
 from attnplan.kernels import catalog, left_out
-from attnplan.kernels.approximation import Approximation, AttentionShape, Compressor, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.engines import build, cpu, reference, triton
 from attnplan.kernels.far.centroid_t import CentroidT
 from attnplan.kernels.far.multipole import Multipole
@@ -31,6 +32,8 @@ from attnplan.kernels.near.smyrf import Smyrf
 from attnplan.kernels.near.sorted_blocks import SortedBlocks
 from attnplan.kernels.near.two_stage import TwoStage
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.single_keys import SingleKeys, row_floor
 from attnplan.kernels.slot_chunks import ChunkCompressor

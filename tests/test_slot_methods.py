@@ -12,13 +12,14 @@ from tests.attention import all_blocks, error, moments, pair, run, text
 from torch import Tensor
 
 from attnplan.kernels import catalog, query_draws
-from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.engines import reference
 from attnplan.kernels.far.attention_matching import match_mass
 from attnplan.kernels.far.linformer import Linformer, project
 from attnplan.kernels.far.skyformer import newton_schulz
-from attnplan.kernels.kernel_slots import gaussian
 from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.numerics.gaussian import gaussian
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 
 NESTED = pair("multipole", chunk=64, slots=8, levels=2)
 FLAT = pair("multipole", chunk=64, slots=8)

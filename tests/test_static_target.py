@@ -24,10 +24,11 @@ from attnplan.costs.estimate import (
 )
 from attnplan.costs.gpus import GPUS, makespan, tiles_of
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.near.block_topk import BlockTopK
 from attnplan.kernels.near.loki import Loki
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.plan.plan import Plan
 
 H200 = GPUS["h200"]

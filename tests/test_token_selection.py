@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnplan.kernels import tile_list, token_selection
+from attnplan.kernels.operands.token_tiles import pack_tokens
 
 SELECTORS = [token_selection.top_tokens, token_selection.top_tokens_torch]
 
@@ -101,7 +102,7 @@ def test_packed_tokens_are_the_same_list_as_the_definition(
     tokens = torch.full((*size[:3], top), -1, dtype=torch.int32)
     there = torch.rand(order.shape, generator=generator) < kept
     tokens[..., : order.shape[-1]] = torch.where(there, order, -1)
-    packed = token_selection.pack_tokens(tokens, keys)
+    packed = pack_tokens(tokens, keys)
     expected = tile_list.from_tokens(tokens, keys)
     assert (packed.batch, packed.heads, packed.blocks) == (batch, 3, expected.blocks)
     for field in ("offsets", "tiles", "gather", "masks"):
@@ -110,10 +111,10 @@ def test_packed_tokens_are_the_same_list_as_the_definition(
 
 
 def test_no_tokens_make_no_tiles() -> None:
-    packed = token_selection.pack_tokens(torch.zeros(1, 2, 70, 0, dtype=torch.int32), 70)
+    packed = pack_tokens(torch.zeros(1, 2, 70, 0, dtype=torch.int32), 70)
     assert packed.tiles.shape == (0, 3) and packed.rows == 4
 
 
 def test_a_token_outside_the_text_is_refused() -> None:
     with pytest.raises(ValueError, match="a token is outside the text: 70 of 70 keys"):
-        token_selection.pack_tokens(torch.full((1, 1, 3, 1), 70, dtype=torch.int32), 70)
+        pack_tokens(torch.full((1, 1, 3, 1), 70, dtype=torch.int32), 70)

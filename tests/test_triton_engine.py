@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import reference, triton
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.tile_list import (
     BLOCK,
     CONTIGUOUS,

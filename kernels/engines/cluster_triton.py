@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs, Slots
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.linear_triton import block_of
 from attnplan.kernels.engines.select_triton import integers
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.tile_list import BLOCK
 
 ROWS = 64

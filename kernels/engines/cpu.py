@@ -12,8 +12,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import build
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.tile_list import BLOCK, FULL, GATHER, SLOTS, TAKEN, TileList
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -36,10 +36,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.select_triton import integers
 from attnplan.kernels.engines.triton import DTYPES, LN2, LOG2E
+from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.part import Part
 from attnplan.kernels.tile_list import BLOCK
 

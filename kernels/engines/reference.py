@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Slots
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.tile_list import BLOCK, FULL, SLOTS, TAKEN, TileList
 
 

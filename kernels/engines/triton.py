@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnplan.kernels.approximation import Slots
 from attnplan.kernels.engines import schedule as scheduling
 from attnplan.kernels.engines.launching import Launcher, are_aligned
 from attnplan.kernels.engines.schedule import Schedule
+from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.tile_list import BLOCK, TileList
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import query_draws
-from attnplan.kernels.approximation import Inputs, Moments
-from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, take
+from attnplan.kernels.numerics.clustering import take
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
 DRAWS = 64
 STEPS = 40

@@ -22,9 +22,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from attnplan.kernels import query_draws
-from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
 from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels.operands.inputs import Moments
 
 STEPS = 3
 

@@ -25,9 +25,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import LATER, Inputs
+from attnplan.kernels.contracts.knobs import LATER
 from attnplan.kernels.feature_map import FeatureMap, Logarithms, Side, orthogonal_rows
 from attnplan.kernels.indexing import alike
+from attnplan.kernels.operands.inputs import Inputs
 
 
 @dataclass(frozen=True)

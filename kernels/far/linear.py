@@ -18,8 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import LATER, Inputs
+from attnplan.kernels.contracts.knobs import LATER
 from attnplan.kernels.feature_map import FeatureMap, Side
+from attnplan.kernels.operands.inputs import Inputs
 
 
 @dataclass(frozen=True)

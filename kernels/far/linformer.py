@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance, query_draws
-from attnplan.kernels.approximation import POSITIONS, Inputs, Moments
+from attnplan.kernels.operands.inputs import POSITIONS, Inputs, Moments
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
 SIZES = {POSITIONS: (8, 16, 32), POSITIONS // 2: (1, 4)}

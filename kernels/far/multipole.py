@@ -22,16 +22,13 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import query_draws, tile_list
-from attnplan.kernels.approximation import (
-    AttentionShape,
-    Cost,
-    Inputs,
-    Kept,
-    Moments,
-    Slots,
-)
 from attnplan.kernels.cluster_chunks import ClusterCompressor
-from attnplan.kernels.slot_chunks import Summary, lloyd, slot_tiles, take, whole_tiles
+from attnplan.kernels.contracts.compressor import Kept
+from attnplan.kernels.numerics.clustering import lloyd, take
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape, Cost
+from attnplan.kernels.operands.slots import Slots
+from attnplan.kernels.slot_chunks import Summary, slot_tiles, whole_tiles
 from attnplan.kernels.tile_list import BLOCK, TileList
 
 STEPS = 4

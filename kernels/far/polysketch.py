@@ -22,9 +22,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.feature_map import FeatureMap, Side, products, random_signs, with_constant
 from attnplan.kernels.indexing import alike
+from attnplan.kernels.operands.inputs import Inputs
 
 
 @dataclass(frozen=True)

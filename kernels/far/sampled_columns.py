@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import LATER, Inputs, Moments
-from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, pick, take
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.numerics.clustering import pick, take
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
 
 @dataclass(frozen=True)

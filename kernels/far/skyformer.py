@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance, query_draws
-from attnplan.kernels.approximation import LATER, Inputs, Moments
-from attnplan.kernels.kernel_slots import gaussian, lifted, points
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.kernel_slots import lifted, points
+from attnplan.kernels.numerics.gaussian import gaussian
+from attnplan.kernels.operands.inputs import Inputs, Moments
 from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
 DRAWS = 32

@@ -20,8 +20,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnplan.kernels.approximation import Inputs
 from attnplan.kernels.feature_map import FeatureMap, Side, products, with_constant
+from attnplan.kernels.operands.inputs import Inputs
 
 
 @dataclass(frozen=True)

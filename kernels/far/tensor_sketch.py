@@ -26,10 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import LATER, Inputs
+from attnplan.kernels.contracts.knobs import LATER
 from attnplan.kernels.engines import features_cpu
 from attnplan.kernels.feature_map import FeatureMap, Side, random_signs, with_constant
 from attnplan.kernels.indexing import alike
+from attnplan.kernels.operands.inputs import Inputs
 
 
 @dataclass(frozen=True)

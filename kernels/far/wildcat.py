@@ -27,9 +27,12 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance, query_draws
-from attnplan.kernels.approximation import LATER, Inputs, Moments
-from attnplan.kernels.kernel_slots import gaussian, lifted, log_shares, points
-from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary, take
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.kernel_slots import lifted, log_shares, points
+from attnplan.kernels.numerics.clustering import take
+from attnplan.kernels.numerics.gaussian import gaussian
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.slot_chunks import ChunkCompressor, Chunks, Summary
 
 GOLDEN = 0.6180339887498949
 

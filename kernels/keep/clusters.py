@@ -22,11 +22,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import Moments
 from attnplan.kernels.balance import root
 from attnplan.kernels.keep.observed import Observed
 from attnplan.kernels.keeper import Past
-from attnplan.kernels.slot_chunks import gathered, nearest, pick, take
+from attnplan.kernels.numerics.clustering import gathered, nearest, pick, take
+from attnplan.kernels.operands.inputs import Moments
 
 STEPS = 3
 

@@ -24,7 +24,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.block_pattern import (
     BlockGrid,
     ScoredBlocks,
@@ -32,6 +31,8 @@ from attnplan.kernels.block_pattern import (
     block_masses,
     first_masses,
 )
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK
 
 

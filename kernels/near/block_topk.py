@@ -23,8 +23,9 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.block_pattern import ASKING, ScoredBlocks, pooled_keys, pooled_queries
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK
 
 

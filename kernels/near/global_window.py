@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Cost
+from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.pattern import StaticPattern, window_pairs
 
 

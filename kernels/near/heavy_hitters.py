@@ -27,11 +27,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import LATER, AttentionShape, Inputs
+from attnplan.kernels.contracts.knobs import LATER
 from attnplan.kernels.indexing import heads_of
+from attnplan.kernels.numerics.clustering import take
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.segment_columns import SegmentColumns
 from attnplan.kernels.segment_tokens import Past, Picker
-from attnplan.kernels.slot_chunks import take
 
 POOL = 5
 

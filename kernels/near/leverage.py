@@ -23,7 +23,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import LATER, AttentionShape, Inputs
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.segment_columns import SegmentColumns, best_columns
 from attnplan.kernels.segment_tokens import Past, Picker
 

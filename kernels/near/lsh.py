@@ -23,13 +23,16 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance, tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs, Moments
+from attnplan.kernels.contracts.knobs import LEAST
 from attnplan.kernels.indexing import numbers_on
 from attnplan.kernels.near.window import Window
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape, Cost
+from attnplan.kernels.operands.token_tiles import pack_tokens
 from attnplan.kernels.pattern import relative_positions
-from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
+from attnplan.kernels.single_keys import SingleKeys, row_floor
 from attnplan.kernels.tile_list import TileList
-from attnplan.kernels.token_selection import distinct, pack_tokens
+from attnplan.kernels.token_selection import distinct
 
 
 @dataclass(frozen=True)

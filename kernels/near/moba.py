@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import AttentionShape, Cost, Inputs
 from attnplan.kernels.block_pattern import pooled_keys
+from attnplan.kernels.contracts.knobs import LEAST
 from attnplan.kernels.indexing import numbers_on
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.pattern import causal, relative_positions
-from attnplan.kernels.single_keys import LEAST, SingleKeys, row_floor
+from attnplan.kernels.single_keys import SingleKeys, row_floor
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, TileList
 from attnplan.kernels.token_selection import top_tokens
 

@@ -19,9 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Inputs
 from attnplan.kernels.block_pattern import ASKING, ScoredBlocks, pooled_queries
 from attnplan.kernels.indexing import heads_of, numbers_on
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK
 
 

@@ -19,8 +19,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.approximation import AttentionShape, Cost
 from attnplan.kernels.indexing import generator
+from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.pattern import StaticPattern
 from attnplan.kernels.tile_list import BLOCK
 

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import LATER, AttentionShape, Inputs, Moments
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.numerics.clustering import lloyd
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
-from attnplan.kernels.slot_chunks import lloyd
 
 PER_CLUSTER = 16
 STEPS = 3

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import LATER, AttentionShape, Inputs, Moments
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
 from attnplan.kernels.token_selection import distinct
 

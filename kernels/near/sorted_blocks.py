@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import balance
-from attnplan.kernels.approximation import AttentionShape, Inputs, Moments
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.segment_tokens import Past, Picker, SegmentTokens
 
 

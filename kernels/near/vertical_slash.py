@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import tile_list
-from attnplan.kernels.approximation import LATER, AttentionShape, Cost, Inputs, Selector
 from attnplan.kernels.block_pattern import BlockGrid, block_tiles
+from attnplan.kernels.contracts.knobs import LATER
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.indexing import numbers_on
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.pattern import causal
 from attnplan.kernels.tile_list import BLOCK, FULL, GATHER, TileList
 

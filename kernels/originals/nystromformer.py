@@ -39,7 +39,7 @@ def nystromformer_attention(
         query, key: [batch, heads, length, head_dim].
         value: [batch, heads, length, value_dim].
         landmarks: runs of tokens; no more than there are tokens are made.
-        steps: Newton-Schulz steps. 2 to 8: fewer smooth more (see attnplan.kernels.originals.newton_schulz).
+        steps: Newton-Schulz steps. 2 to 8: fewer smooth more (see attnplan.kernels.encoders.newton_schulz).
         scale: factor before the softmax, 1 / sqrt(head_dim) when None.
         padding: bool [batch, length], true for padding; None for none.
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnplan.kernels.kernel_slots import gaussian
+from attnplan.kernels.numerics.gaussian import gaussian
 from attnplan.kernels.originals.encoder_inputs import EncoderInputs
 from attnplan.kernels.originals.newton_schulz import newton_schulz
 

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 
 from attnplan.costs.prefill import candidate_name, spell, timings
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import AttentionShape
 from attnplan.kernels.executor import engine_digest
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
 from attnplan.pipeline.score_methods import ScoreTable
 from attnplan.pipeline.search_prefill import Progress, Quiet, prepare

@@ -26,7 +26,8 @@ from attnplan.costs.estimate import (
 )
 from attnplan.costs.gpus import GPUS, Gpu
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.search.candidates import candidates, parse_methods
 

@@ -18,18 +18,15 @@ from torch import Tensor
 
 from attnplan.costs.decode import measure_decoding, measure_host, spell
 from attnplan.kernels import catalog, keepers
-from attnplan.kernels.approximation import (
-    Approximation,
-    AttentionShape,
-    Compressor,
-    Inputs,
-    Moments,
-    Selector,
-)
 from attnplan.kernels.benchmark import Timing, measure_call, measure_layer
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.contracts.compressor import Compressor
+from attnplan.kernels.contracts.selector import Selector
 from attnplan.kernels.engines import reference
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.profiles.capture.capture import LayerCapture
 
 MIXED_DENSITY = 0.25

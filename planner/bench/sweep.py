@@ -38,9 +38,11 @@ from attnplan.bench.rows import (
 )
 from attnplan.costs.prefill import this_device
 from attnplan.kernels import catalog, decoding, executor
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import WrongKernel
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keepers import key as keeper_key
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.profiles.store.output_files import check_output
 from attnplan.profiling.profiling import Advance, silent
 

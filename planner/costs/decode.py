@@ -26,10 +26,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnplan.costs.prefill import counted, this_device
 from attnplan.kernels import keepers
-from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.benchmark import quantile, timed
 from attnplan.kernels.decoding import engine_digest
 from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.operands.inputs import Fitted
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.capture.capture import LayerCapture, capture
 from attnplan.profiles.records import records

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs, Moments
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, SLOTS
 from attnplan.profiles.records.records import DeviceIdentity
 

@@ -18,9 +18,11 @@ import torch
 
 from attnplan.costs.gpus import TileWork, named, tile_work
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape, Inputs
 from attnplan.kernels.benchmark import Timing, device_name, measure_layer
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.executor import engine_digest
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.capture.capture import capture
 from attnplan.profiles.records import records

@@ -11,7 +11,7 @@ from pathlib import Path
 from attnplan.costs.estimate import static_costs
 from attnplan.costs.gpus import gpu
 from attnplan.costs.prefill import DeviceCosts, fit_costs, spell, tiles_on
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.records.records import DeviceIdentity, KernelTiming
 from attnplan.profiles.store.device_table import read_timings

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, Fitted, Inputs
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.inputs import Fitted, Inputs
 from attnplan.kernels.tile_list import BLOCK
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.capture.capture import LayerCapture

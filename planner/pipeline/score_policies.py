@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from attnplan.kernels import keepers
-from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.keeper import SLACK, Keeper
 from attnplan.kernels.layer_store import LayerStore
+from attnplan.kernels.operands.inputs import Fitted
 from attnplan.profiles.capture.capture import LayerCapture
 from attnplan.quality.continuation import continued
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from attnplan.costs.prefill import DeviceCosts, candidate_name, measure_device
 from attnplan.costs.target import target_costs
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
 from attnplan.pipeline.score_methods import ScoreTable, score, scout
 from attnplan.pipeline.verify import Layers, Measured, copies, fast, measure, misses, running

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.plan.plan import Fitted
 from attnplan.quality.prefill import Quality, Reference, prefill_latency
 from attnplan.runtime.patch import patch_assignment, unpatch

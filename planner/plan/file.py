@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from attnplan.kernels import catalog, keepers
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keeper import Keeper
 from attnplan.plan.identity import ModelIdentity
 from attnplan.plan.located_yaml import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from attnplan.kernels import catalog, keepers
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.fitted import Sizes, layout
 from attnplan.plan.identity import ModelIdentity
 from attnplan.plan.located_yaml import PlanError

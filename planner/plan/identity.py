@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attnplan.kernels.approximation import AttentionShape
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.profiles.records import magnitudes
 from attnplan.profiles.records.magnitudes import Magnitudes
 

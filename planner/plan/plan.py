@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keeper import Keeper
 from attnplan.plan import file as plan_file
 from attnplan.plan import output as plan_output

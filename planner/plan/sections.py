@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keeper import Keeper
 from attnplan.plan.identity import ModelIdentity
 from attnplan.plan.located_yaml import PlanError

@@ -12,8 +12,8 @@ import torch
 
 from attnplan.costs.prefill import SEPARATOR, DeviceCosts, parse
 from attnplan.kernels import catalog
-from attnplan.kernels.approximation import AttentionShape
 from attnplan.kernels.executor import engine_digest
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
 from attnplan.plan.plan import Plan, PlanError
 from attnplan.profiles.records.scalars import SCALARS

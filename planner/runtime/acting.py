@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from attnplan.kernels.approximation import Approximation, AttentionShape
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.attention_sites import attention_sites
 from attnplan.runtime.attention import ATTRIBUTE, PLANNED, LayerState
 

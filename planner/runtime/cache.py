@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attnplan.kernels.approximation import Fitted
 from attnplan.kernels.keeper import Keeper, is_whole
+from attnplan.kernels.operands.inputs import Fitted
 from attnplan.kernels.ragged_store import Context, RaggedStore
 from attnplan.kernels.visible import Visible
 from attnplan.runtime.running import RUNNING

@@ -1,4 +1,4 @@
-"""Run an operator of attnplan.kernels.originals inside an encoder of transformers.
+"""Run an operator of attnplan.kernels.encoders inside an encoder of transformers.
 
     from functools import partial
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attnplan.kernels.approximation import Approximation
+from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.keeper import Keeper, is_whole
 from attnplan.models.adapters import is_adapted, model_inside
 from attnplan.models.attention_sites import attention_sites

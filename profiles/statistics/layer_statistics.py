@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnplan.kernels.approximation import POSITIONS, Moments
+from attnplan.kernels.operands.inputs import POSITIONS, Moments
 from attnplan.profiles.statistics import probes
 from attnplan.profiles.statistics.clusters import cluster_inertia
 from attnplan.profiles.statistics.parallel import side_by_side
