@@ -5,6 +5,7 @@ A method is added by one file in `kernels/near` or `kernels/far` and its name he
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
@@ -169,6 +170,16 @@ def key(approximation: Approximation) -> str:
     return " + ".join(
         f"{part.name}({', '.join(f'{k}={v}' for k, v in _knobs(part).items())})" for part in parts
     )
+
+
+def methods_in(line: str) -> frozenset[type[Selector] | type[Compressor]] | None:
+    """The methods that canonical lines name, such as `3 x window(...) + linear(...) | 6 x ...`.
+
+    None where it names one that is not in the catalog.
+    """
+    known: Mapping[str, type[Selector] | type[Compressor]] = {**NEAR, **FAR}
+    names = set(re.findall(r"(\w+)\(", line))
+    return frozenset(known[name] for name in names) if names <= known.keys() else None
 
 
 def _spell(part: Selector | Compressor) -> dict[str, Any]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attnplan.kernels.executor import digest_of
 from attnplan.kernels.stored import StoredRows
 
 if TYPE_CHECKING:
@@ -57,20 +54,3 @@ def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
 
         return decode_cpu.decode
     raise ValueError(f"no attention engine for device {device.type!r}; use cuda or cpu")
-
-
-@cache
-def engine_digest(device: str) -> str:
-    """Digest of the sources that the timings of decoding depend on, 16 hexadecimal digits.
-
-    Args:
-        device: 'cpu' or 'cuda'.
-    """
-    folder = Path(__file__).parent
-    names = {
-        "cpu": ("decode_cpu.py", "build.py", "decode.cpp", "vectors.h"),
-        "cuda": ("decode_triton.py", "triton.py", "launching.py"),
-    }[device]
-    files = [folder / "engines" / name for name in names]
-    files += [folder / name for name in ("layer_store.py", "keeper.py", "stored.py")]
-    return digest_of([*files, *sorted((folder / "keep").glob("*.py"))])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,31 +47,3 @@ def _engine(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
 
         return cpu.attend
     raise ValueError(f"no attention engine for device {device.type!r}; use cuda or cpu")
-
-
-_CUDA = (
-    *("triton.py", "schedule.py", "launching.py", "part_triton.py"),
-    *("select_triton.py", "index_triton.py", "linear_triton.py", "cluster_triton.py"),
-)
-
-
-@cache
-def engine_digest(device: str) -> str:
-    """Digest of the sources that an engine's timings depend on, 16 hexadecimal digits.
-
-    Args:
-        device: 'cpu' or 'cuda'.
-    """
-    folder = Path(__file__).parent
-    names = {"cpu": ("cpu.py", "build.py"), "cuda": _CUDA}[device]
-    files = [folder / "engines" / name for name in names]
-    if device == "cpu":
-        files += sorted(f for kind in ("*.cpp", "*.h") for f in (folder / "engines").glob(kind))
-    for part in (".", "near", "far"):
-        files += sorted((folder / part).glob("*.py"))
-    return digest_of(f for f in files if not f.stem.startswith("decod"))
-
-
-def digest_of(files: Iterable[Path]) -> str:
-    """Digest of what is in some files, 16 hexadecimal digits."""
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]

@@ -378,6 +378,9 @@ def test_a_plan_for_another_device_comes_from_its_table(run: Run, folder: Path) 
     assert found.code == 0, found.err
     told = json.loads(found.out)
     assert (told["times"], told["device"]) == ("predicted", "Faraway 9000")
+    # what was timed is the engine of a CPU, which is another one than that of a GPU
+    (note,) = (note for note in told["notes"] if "are of another engine" in note)
+    assert f"{len(lines)} of {len(lines)} timings" in note and "dense" in note
     plan = Plan.load(folder / "there.yaml")
     assert (plan.target.device, plan.target.kind) == ("Faraway 9000", "cuda")
     assert "latency_ms" not in plan.evidence["measured"]

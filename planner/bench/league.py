@@ -12,7 +12,6 @@ from scipy.stats import spearmanr
 
 from attnplan.costs.prefill import candidate_name, spell, timings
 from attnplan.kernels import catalog
-from attnplan.kernels.executor import engine_digest
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
 from attnplan.pipeline.score_methods import ScoreTable
@@ -111,7 +110,7 @@ def league(
             "run": run.id,
             "density": density,
             "device": costs.device.digest,
-            "engine": engine_digest(costs.device.kind),
+            "engine": costs.engine,
         },
     )
     store.save_measurement(key, {"entries": [asdict(entry) for entry in entries]})

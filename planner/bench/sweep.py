@@ -37,9 +37,10 @@ from attnplan.bench.rows import (
     unfitted_keepers,
 )
 from attnplan.costs.prefill import this_device
-from attnplan.kernels import catalog, decoding, executor
+from attnplan.kernels import catalog, keepers
 from attnplan.kernels.benchmark import WrongKernel
 from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.digest import decode_digest, layer_digest
 from attnplan.kernels.keepers import key as keeper_key
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
@@ -450,8 +451,8 @@ def conditions_of(asked: Sweep, inputs: str) -> dict[str, Any]:
         "cuda": here.driver,
         "threads": here.threads,
         **here.versions,
-        "engine": executor.engine_digest(here.kind),
-        "decode_engine": decoding.engine_digest(here.kind),
+        "engine": layer_digest(here.kind, {*catalog.NEAR.values(), *catalog.FAR.values()}),
+        "decode_engine": decode_digest(here.kind, keepers.KEEPERS.values()),
         "inputs": inputs,
     }
 

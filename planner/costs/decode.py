@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from attnplan.costs.prefill import counted, this_device
 from attnplan.kernels import keepers
 from attnplan.kernels.benchmark import quantile, timed
-from attnplan.kernels.decoding import engine_digest
+from attnplan.kernels.digest import decode_digest
 from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.operands.inputs import Fitted
 from attnplan.models.load import LoadedModel
@@ -246,7 +246,7 @@ def _key(
     device = this_device(loaded.model.device)
     conditions = {
         "device": device.digest,
-        "engine": engine_digest(device.kind),
+        "engine": decode_digest(device.kind, keepers.KEEPERS.values()),
         "context": work.context,
         "dtype": str(loaded.model.dtype),
         **more,

@@ -20,7 +20,7 @@ from attnplan.costs.gpus import TileWork, named, tile_work
 from attnplan.kernels import catalog
 from attnplan.kernels.benchmark import Timing, device_name, measure_layer
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.executor import engine_digest
+from attnplan.kernels.digest import layer_digest
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
@@ -47,6 +47,7 @@ class DeviceCosts:
         engine: digest of the code that was timed.
         is_here: the device is this one, so that predictions can be held against measurements.
         is_estimate: nobody timed the device: `fit` is to the figures of a static model.
+        other_engine: which timings are of other code than this, in a sentence; empty if none.
     """
 
     fit: LatencyFit
@@ -55,6 +56,7 @@ class DeviceCosts:
     engine: str = ""
     is_here: bool = True
     is_estimate: bool = False
+    other_engine: str = ""
 
     @property
     def error(self) -> float | None:
@@ -87,6 +89,23 @@ def this_device(device: torch.device) -> records.DeviceIdentity:
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         versions=versions,
     )
+
+
+def engine_of(device: str, approximations: Iterable[Approximation]) -> str:
+    """Digest of the code that runs some approximations in a layer.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        approximations: those of its heads.
+    """
+    parts = {part for a in approximations for part in (a.near, a.far)}
+    return layer_digest(device, {type(part) for part in parts if part is not None})
+
+
+def is_of_this_engine(device: str, timing: records.KernelTiming) -> bool:
+    """Whether a timing is of the code that would run its layer now."""
+    methods = catalog.methods_in(timing.approximation)
+    return methods is not None and timing.engine == layer_digest(device, methods)
 
 
 def candidate_name(approximation: Approximation) -> str:
@@ -137,7 +156,7 @@ def measure_device(
         for number, row in enumerate(missing):
             advance(f"timing {number + 1} of {len(missing)}")
             timing = measure_layer(inputs, row, repeats=repeats)
-            store.save_timings(device, [_record(loaded, inputs, spell(row), timing)])
+            store.save_timings(device, [_record(loaded, inputs, row, timing)])
         known = {t.approximation: t for t in timings(loaded, work, store, device)}
     prefill = _dense_prefill(loaded, work, store, device, repeats)
 
@@ -145,7 +164,7 @@ def measure_device(
     fit = fit_costs(known, candidates, heads, tiles_on(device, candidates, shape))
     rest_ms = max(prefill - identity.layers * fit.model.dense_layer_ms, 0.0)
     fit = replace(fit, model=replace(fit.model, rest_ms=rest_ms))
-    return DeviceCosts(fit, prefill, device, engine_digest(device.kind))
+    return DeviceCosts(fit, prefill, device, engine_of(device.kind, candidates))
 
 
 def tiles_on(
@@ -255,31 +274,31 @@ def _inputs(
 def timings(
     loaded: LoadedModel, work: Workload, store: Store, device: records.DeviceIdentity
 ) -> list[records.KernelTiming]:
-    """What is stored of a device at this shape, with the engine as it is now."""
+    """What is stored of a device at this shape, timed with the code as it is now."""
     shape = loaded.identity.prefill_shape(work.context)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    engine = engine_digest(device.kind)
     return [
         t
-        for t in store.load_timings(device, engine)
-        if (t.dtype, t.heads, t.kv_heads, t.head_dim, t.queries, t.keys)
+        for t in store.load_timings(device)
+        if is_of_this_engine(device.kind, t)
+        and (t.dtype, t.heads, t.kv_heads, t.head_dim, t.queries, t.keys)
         == (dtype, shape.heads, shape.kv_heads, shape.head_dim, shape.queries, shape.keys)
     ]
 
 
 def _record(
-    loaded: LoadedModel, inputs: Inputs, spelled: str, timing: Timing
+    loaded: LoadedModel, inputs: Inputs, row: Sequence[Approximation], timing: Timing
 ) -> records.KernelTiming:
     shape = inputs.shape
     return records.KernelTiming(
-        engine=engine_digest(inputs.query.device.type),
+        engine=engine_of(inputs.query.device.type, row),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         queries=shape.queries,
         keys=shape.keys,
-        approximation=spelled,
+        approximation=spell(row),
         median_ms=timing.median_ms,
         q25_ms=timing.q25_ms,
         q75_ms=timing.q75_ms,

@@ -5,12 +5,13 @@ Of some devices without a table, times can be estimated: see `estimate.py`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 from attnplan.costs.estimate import static_costs
 from attnplan.costs.gpus import gpu
-from attnplan.costs.prefill import DeviceCosts, fit_costs, spell, tiles_on
+from attnplan.costs.prefill import DeviceCosts, fit_costs, is_of_this_engine, spell, tiles_on
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.records.records import DeviceIdentity, KernelTiming
@@ -51,8 +52,7 @@ def target_costs(
         raise ValueError(f"{path}: a target is one device, this table has {len(tables)}: {names}")
     ((device, timings),) = tables
     mine = _of_shape(loaded, context, device, timings, path)
-    engine = Counter(timing.engine for timing in mine).most_common(1)[0][0]
-    known = {t.approximation: t for t in mine if t.engine == engine}
+    known, other_engine = _known(device, mine)
     heads = loaded.identity.heads
     timed = tuple(a for a in candidates if spell((a,) * heads) in known)
     if len(timed) < 2 or not timed[0].is_dense:
@@ -63,7 +63,40 @@ def target_costs(
     shape = loaded.identity.prefill_shape(context)
     fit = fit_costs(known, timed, heads, tiles_on(device, timed, shape))
     dense_ms = fit.model.dense_layer_ms * loaded.identity.layers
-    return timed, DeviceCosts(fit, dense_ms, device, engine, is_here=False)
+    engines = Counter(timing.engine for timing in known.values())
+    return timed, DeviceCosts(
+        fit,
+        dense_ms,
+        device,
+        engines.most_common(1)[0][0],
+        is_here=False,
+        other_engine=other_engine and f"{path}: {other_engine}",
+    )
+
+
+def _known(
+    device: DeviceIdentity, timings: list[KernelTiming]
+) -> tuple[dict[str, KernelTiming], str]:
+    """The timings by spelling, those of this code first, and which are of other code, in words.
+
+    Where all timings of a layer are of other code, that of the engine that timed most counts.
+    """
+    now = {t.approximation: t for t in timings if is_of_this_engine(device.kind, t)}
+    counts = Counter(t.engine for t in timings)
+    before: dict[str, KernelTiming] = {}
+    for timing in sorted(timings, key=lambda t: counts[t.engine]):
+        if timing.approximation not in now:
+            before[timing.approximation] = timing
+    if not before:
+        return now, ""
+    names = {name for spelled in before for name in re.findall(r"(\w+)\(", spelled)}
+    whole = len(now) + len(before)
+    told = (
+        f"{len(before)} of {whole} timings are of another engine than this attnplan has, of layers "
+        f"with {', '.join(sorted(names))}; times may differ, so time them there again with "
+        "`attnplan bench --export`"
+    )
+    return before | now, told
 
 
 def _of_shape(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnplan.costs.prefill import DeviceCosts, candidate_name, measure_device
+from attnplan.costs.prefill import DeviceCosts, candidate_name, engine_of, measure_device
 from attnplan.costs.target import target_costs
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
@@ -296,7 +296,7 @@ class Planner:
     def measure(self, assignment: Assignment, *, lengths: bool = True) -> Measured:
         """Everything about an assignment on held-out text and on the device; kept in the store."""
         conditions = {
-            **self._device_conditions(),
+            **self._device_conditions(assignment),
             "holdout": self.holdout.digest,
             "lengths": lengths,
             "repeats": self.request.repeats,
@@ -331,7 +331,7 @@ class Planner:
         if not self.costs.is_here:
             model = self.costs.fit.model
             return model.predict(assignment), model.predict(np.zeros_like(assignment))
-        conditions = {**self._device_conditions(), "repeats": self.request.repeats}
+        conditions = {**self._device_conditions(assignment), "repeats": self.request.repeats}
         key = self._key("prefill", assignment, conditions)
         values = self.store.load_measurement(key)
         if values is None:
@@ -346,9 +346,13 @@ class Planner:
             self.store.save_measurement(key, values)
         return float(values["plan_ms"]), float(values["dense_ms"])
 
-    def _device_conditions(self) -> dict[str, Any]:
-        """What a time depends on."""
-        return {"device": self.costs.device.digest, "engine": self.costs.engine}
+    def _device_conditions(self, assignment: Assignment) -> dict[str, Any]:
+        """What the times of an assignment depend on: the device, and the code of its methods."""
+        engine = self.costs.engine
+        if self.costs.is_here:
+            run = {a for layer in self.layers(assignment) for a in layer}
+            engine = engine_of(self.costs.device.kind, run)
+        return {"device": self.costs.device.digest, "engine": engine}
 
     def induction(self, assignment: Assignment | None) -> float:
         """What the model copies under an assignment, or as it is; kept in the store."""

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnplan.costs.prefill import SEPARATOR, DeviceCosts, parse
+from attnplan.costs.prefill import SEPARATOR, DeviceCosts, is_of_this_engine, parse
 from attnplan.kernels import catalog
-from attnplan.kernels.executor import engine_digest
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
 from attnplan.plan.plan import Plan, PlanError
@@ -106,9 +105,9 @@ def timing_rows(
     dense_ms = costs.fit.model.dense_layer_ms
     rows = []
     wanted = (dtype, shape.heads, shape.kv_heads, shape.queries, shape.keys, shape.head_dim)
-    for timing in store.load_timings(costs.device, engine_digest(costs.device.kind)):
+    for timing in store.load_timings(costs.device):
         sizes = (timing.heads, timing.kv_heads, timing.queries, timing.keys, timing.head_dim)
-        mine = (timing.dtype, *sizes) == wanted
+        mine = (timing.dtype, *sizes) == wanted and is_of_this_engine(costs.device.kind, timing)
         counts = parse(timing.approximation, names) if mine else None
         if counts is None or SEPARATOR in timing.approximation:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnplan.costs.prefill import this_device
 from attnplan.kernels import keepers
-from attnplan.kernels.executor import engine_digest
+from attnplan.kernels.digest import decode_digest
 from attnplan.models.load import LoadedModel
 from attnplan.pipeline.search_cache import Memory, Remembered
 from attnplan.pipeline.search_prefill import Choice, Outcome
@@ -197,9 +197,9 @@ def memory_notes(one: Remembered) -> list[str]:
 
 
 def notes(outcome: Outcome) -> list[str]:
-    """What the verification of a prefill could not judge, one sentence each."""
+    """What the verification of a prefill could not judge, or rests on; one sentence each."""
     note = None if outcome.plan is None else unjudged(outcome.plan.measured.induction_dense)
-    return [] if note is None else [note]
+    return [told for told in (note, outcome.costs.other_engine) if told]
 
 
 def _recall_figures(one: Remembered) -> dict[str, Any]:
@@ -231,11 +231,9 @@ def with_memory(
     if memory.misses:
         raise ValueError("the search found no plan within its budget")
     model = loaded.model
+    kinds = {type(keeper) for row in memory.best.kept for keeper in row}
     needed = {
-        name
-        for row in memory.best.kept
-        for keeper in row
-        for name in keepers.fitted_names(loaded.identity.head_dim, type(keeper))
+        name for kind in kinds for name in keepers.fitted_names(loaded.identity.head_dim, kind)
     }
     fitted = {
         layer: {name: tensor for name, tensor in found.items() if name in needed}
@@ -250,7 +248,7 @@ def with_memory(
         device=device.name,
         kind=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
-        engine=f"{model.device.type} {engine_digest(model.device.type)}",
+        engine=f"{model.device.type} {decode_digest(model.device.type, kinds)}",
         versions={**device.versions, "attnplan": version("attnplan")},
     )
     evidence: dict[str, Any] = dict(prefill.evidence) if prefill is not None else {}
