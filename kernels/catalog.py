@@ -1,6 +1,6 @@
 """The methods that attnplan knows, and how a plan spells an approximation.
 
-A method is added by one file in `kernels/near` or `kernels/far` and its name here.
+A method is added by one file in `kernels/selectors` or `kernels/compressors` and its name here.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from attnplan.kernels.compressors.attention_matching import AttentionMatching
+from attnplan.kernels.compressors.centroid_t import CentroidT
+from attnplan.kernels.compressors.csalr import CSALR
+from attnplan.kernels.compressors.linear import Linear
+from attnplan.kernels.compressors.linformer import Linformer
+from attnplan.kernels.compressors.multipole import Multipole
+from attnplan.kernels.compressors.nystrom import Nystrom
+from attnplan.kernels.compressors.performer import Performer
+from attnplan.kernels.compressors.polysketch import PolySketch
+from attnplan.kernels.compressors.sampled_columns import SampledColumns
+from attnplan.kernels.compressors.skyformer import Skyformer
+from attnplan.kernels.compressors.taylor import Taylor
+from attnplan.kernels.compressors.tensor_sketch import TensorSketch
+from attnplan.kernels.compressors.wildcat import Wildcat
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.contracts.selector import Selector
-from attnplan.kernels.far.attention_matching import AttentionMatching
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.far.csalr import CSALR
-from attnplan.kernels.far.linear import Linear
-from attnplan.kernels.far.linformer import Linformer
-from attnplan.kernels.far.multipole import Multipole
-from attnplan.kernels.far.nystrom import Nystrom
-from attnplan.kernels.far.performer import Performer
-from attnplan.kernels.far.polysketch import PolySketch
-from attnplan.kernels.far.sampled_columns import SampledColumns
-from attnplan.kernels.far.skyformer import Skyformer
-from attnplan.kernels.far.taylor import Taylor
-from attnplan.kernels.far.tensor_sketch import TensorSketch
-from attnplan.kernels.far.wildcat import Wildcat
-from attnplan.kernels.near.antidiagonal import Antidiagonal
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.dense import Dense
-from attnplan.kernels.near.global_window import GlobalWindow
-from attnplan.kernels.near.heavy_hitters import HeavyHitters
-from attnplan.kernels.near.leverage import Leverage
-from attnplan.kernels.near.loki import Loki
-from attnplan.kernels.near.lsh import LSH
-from attnplan.kernels.near.moba import MoBA
-from attnplan.kernels.near.off import Off
-from attnplan.kernels.near.quest import Quest
-from attnplan.kernels.near.random_blocks import RandomBlocks
-from attnplan.kernels.near.routing import Routing
-from attnplan.kernels.near.smyrf import Smyrf
-from attnplan.kernels.near.sorted_blocks import SortedBlocks
-from attnplan.kernels.near.strided import Strided
-from attnplan.kernels.near.two_stage import TwoStage
-from attnplan.kernels.near.vertical_slash import VerticalSlash
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.inputs import Moments
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.antidiagonal import Antidiagonal
+from attnplan.kernels.selectors.block_topk import BlockTopK
+from attnplan.kernels.selectors.dense import Dense
+from attnplan.kernels.selectors.global_window import GlobalWindow
+from attnplan.kernels.selectors.heavy_hitters import HeavyHitters
+from attnplan.kernels.selectors.leverage import Leverage
+from attnplan.kernels.selectors.loki import Loki
+from attnplan.kernels.selectors.lsh import LSH
+from attnplan.kernels.selectors.moba import MoBA
+from attnplan.kernels.selectors.off import Off
+from attnplan.kernels.selectors.quest import Quest
+from attnplan.kernels.selectors.random_blocks import RandomBlocks
+from attnplan.kernels.selectors.routing import Routing
+from attnplan.kernels.selectors.smyrf import Smyrf
+from attnplan.kernels.selectors.sorted_blocks import SortedBlocks
+from attnplan.kernels.selectors.strided import Strided
+from attnplan.kernels.selectors.two_stage import TwoStage
+from attnplan.kernels.selectors.vertical_slash import VerticalSlash
+from attnplan.kernels.selectors.window import Window
 from attnplan.kernels.spelling import build
 
 NEAR: dict[str, type[Selector]] = {

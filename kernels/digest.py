@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = "attnplan.kernels"
-LAYER = "attnplan.kernels.layer"
-STORE = "attnplan.kernels.layer_store"
-COMPILED = "attnplan.kernels.engines.build"
+LAYER = "attnplan.kernels.layer.layer_attention"
+STORE = "attnplan.kernels.kv_cache.layer_cache"
+COMPILED = "attnplan.kernels.native.build"
 """Comes with all C++ sources beside it."""
-CPU = ("attnplan.kernels.engines.cpu", "attnplan.kernels.engines.decode_cpu", COMPILED)
+CPU = ("attnplan.kernels.engines.cpu.prefill", "attnplan.kernels.engines.cpu.decode", COMPILED)
 """Not read on a GPU."""
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from attnplan.kernels.catalog import DENSE
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.executor import attend
+from attnplan.kernels.engines.dispatch import attend
 from attnplan.kernels.operands.inputs import Inputs
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from attnplan.kernels.engines import triton as engine
+from attnplan.kernels.engines.gpu import prefill as engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INSTRUCTIONS = {

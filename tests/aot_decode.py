@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import aot
 
-from attnplan.kernels.engines import decode_triton as engine
+from attnplan.kernels.engines.gpu import decode as engine
 
 
 def source(dtype: str, head_dim: int, kind: str, rows: int) -> ASTSource:

@@ -24,15 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests import aot
 
-from attnplan.kernels.engines import (
-    cluster_triton,
-    index_triton,
-    linear_triton,
-    part_triton,
-    select_triton,
-)
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.far.multipole import Multipole
+from attnplan.kernels.compressors.centroid_t import CentroidT
+from attnplan.kernels.compressors.multipole import Multipole
+from attnplan.kernels.engines.gpu import cluster as gpu_cluster
+from attnplan.kernels.engines.gpu import feature_sums, merge_partial, top_blocks
+from attnplan.kernels.engines.gpu import nearest as gpu_nearest
 
 CHUNK = 256
 FAR = {cls.name: cls for cls in (CentroidT, Multipole)}
@@ -67,30 +63,30 @@ def kernel_of(dtype: str, head_dim: int, name: str, count: int) -> tuple[Any, An
     """The kernel, its constants, and its options."""
     number = aot.DTYPES[dtype]
     if name == "nearest":
-        made = index_triton.nearest_constants(head_dim, count, number)
-        return index_triton._nearest_centres, *made
+        made = gpu_nearest.nearest_constants(head_dim, count, number)
+        return gpu_nearest._nearest_centres, *made
     if name in FAR:
         far = FAR[name]
-        how = cluster_triton.Clustering(count, 16, far.steps, far.uniform, far.by_root)
+        how = gpu_cluster.Clustering(count, 16, far.steps, far.uniform, far.by_root)
         has = far.mean_name is not None, far.metric_name is not None
-        return cluster_triton._cluster, *cluster_triton.constants(how, has, head_dim, head_dim)
+        return gpu_cluster._cluster, *gpu_cluster.constants(how, has, head_dim, head_dim)
     if name == "means":
-        return select_triton._block_means, *select_triton.means_constants(head_dim, count or None)
+        return top_blocks._block_means, *top_blocks.means_constants(head_dim, count or None)
     if name == "choose":
-        return select_triton._choose_blocks, *select_triton.choose_constants(count, True)
+        return top_blocks._choose_blocks, *top_blocks.choose_constants(count, True)
     if name == "merge":
-        return part_triton._merge_part, *part_triton.merge_constants(head_dim)
+        return merge_partial._merge_part, *merge_partial.merge_constants(head_dim)
     if name == "hash":
-        made = index_triton.hash_constants(head_dim, count, number)
-        return index_triton._hash_codes, *made
-    kind = linear_triton._Kind(head_dim, head_dim, count, True, CHUNK, number)
+        made = gpu_nearest.hash_constants(head_dim, count, number)
+        return gpu_nearest._hash_codes, *made
+    kind = feature_sums._Kind(head_dim, head_dim, count, True, CHUNK, number)
     if name == "prefix":
-        return linear_triton._prefix_sums, *linear_triton.prefix_constants(kind)
+        return feature_sums._prefix_sums, *feature_sums.prefix_constants(kind)
     if name == "squares":
-        return linear_triton._squares, *linear_triton.squares_constants(kind)
+        return feature_sums._squares, *feature_sums.squares_constants(kind)
     if name == "chunks":
-        return linear_triton._chunk_sums, *linear_triton.states_constants(kind)
-    return linear_triton._read, *linear_triton.read_constants(kind)
+        return feature_sums._chunk_sums, *feature_sums.states_constants(kind)
+    return feature_sums._read, *feature_sums.read_constants(kind)
 
 
 def report(arch: int, dtype: str, head_dim: int, name: str, count: int) -> dict[str, int]:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from attnplan.kernels import catalog
+from attnplan.kernels.compressors._chunk_slots import ChunkCompressor
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import reference
+from attnplan.kernels.engines.reference import prefill as reference_prefill
 from attnplan.kernels.operands.inputs import Inputs, Moments
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.slot_chunks import ChunkCompressor
+from attnplan.kernels.selectors._static_pattern import causal
 
 Engine = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -32,7 +32,7 @@ def all_blocks(inputs: Inputs) -> torch.Tensor:
 def run(
     approximation: Approximation,
     inputs: Inputs,
-    attend: Engine = reference.attend,
+    attend: Engine = reference_prefill.attend,
     blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The output for all query rows, or for those of some query blocks."""
@@ -53,7 +53,7 @@ def run(
 
 def dense(inputs: Inputs) -> torch.Tensor:
     heads = list(inputs.kv_head)
-    return reference.masked(
+    return reference_prefill.masked(
         inputs.query, inputs.key[:, heads], inputs.value[:, heads], causal(inputs), inputs.scale
     )[0]
 

@@ -15,9 +15,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.dense import Dense
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.layer.layer_attention import LayerKernel
+from attnplan.kernels.selectors.dense import Dense
+from attnplan.kernels.selectors.window import Window
 from attnplan.quality.prefill import Reference, induction_accuracy, kl_rows, original
 from attnplan.runtime import attention as runtime
 from attnplan.runtime.patch import patch_assignment, unpatch

@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from attnplan.kernels.cache_policies.recent import Recent
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.attention_sites import attention_sites
 from attnplan.models.load import identity
 from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target

@@ -12,8 +12,8 @@ from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
+from attnplan.kernels.selectors._static_pattern import causal
 
 LONG = AttentionShape(1, 4, 2, 1024, 1024, 16)
 CHOICES = list(dict.fromkeys([*catalog.choices(LONG), *chosen_pairs()]))

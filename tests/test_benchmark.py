@@ -14,11 +14,12 @@ from tests import attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from attnplan.kernels import benchmark, catalog, dense_backends
-from attnplan.kernels.dense_backends import DenseBackend, dense_attention
-from attnplan.kernels.gpu_clock import GpuClock
-from attnplan.kernels.near.window import Window
+from attnplan.kernels import catalog
+from attnplan.kernels.bench import dense_backends, measure
+from attnplan.kernels.bench.dense_backends import DenseBackend, dense_attention
+from attnplan.kernels.bench.gpu_clock import GpuClock
 from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.selectors.window import Window
 
 CPU = torch.device("cpu")
 UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -170,12 +171,12 @@ def test_a_call_on_a_gpu_is_timed_beside_the_fastest_backend(
         device.ms += 2.0
 
     backend = DenseBackend("cudnn", dense)  # type: ignore[arg-type]
-    monkeypatch.setattr(benchmark, "best_dense", lambda inputs, flex: backend)
-    monkeypatch.setattr(benchmark, "GpuClock", lambda _: GpuClock(CPU))
+    monkeypatch.setattr(measure, "best_dense", lambda inputs, flex: backend)
+    monkeypatch.setattr(measure, "GpuClock", lambda _: GpuClock(CPU))
     inputs: Any = SimpleNamespace(query=SimpleNamespace(device=torch.device("cuda:0")))
     # of all calls, the cold ones take 3 ms and the warm ones, each after another, 1 ms
     clock = itertools.count()
-    timing = benchmark.measure_call(
+    timing = measure.measure_call(
         lambda: setattr(device, "ms", device.ms + (3.0 if next(clock) < COLD else 1.0)),
         inputs,
         repeats=60,
@@ -191,7 +192,7 @@ COLD = 1 + 1 + 10 + 60
 
 def test_on_a_cpu_the_baseline_is_the_choice_of_torch(inputs: Inputs) -> None:
     narrow = catalog.Approximation(Window(32))
-    timing = benchmark.measure_layer(inputs, [narrow] * 4, repeats=3)
+    timing = measure.measure_layer(inputs, [narrow] * 4, repeats=3)
     assert (timing.dense_backend, timing.repeats) == ("sdpa", 3)
     assert timing.q25_ms <= timing.median_ms <= timing.q75_ms
     assert timing.warm_ms is None and timing.host_us is None
@@ -201,29 +202,29 @@ def test_dense_layers_run_as_in_a_model_unless_forced(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[bool] = []
-    engine = benchmark.LayerKernel.__call__
+    engine = measure.LayerKernel.__call__
 
     def counted(self: object, *args: Tensor, **more: object) -> Tensor:
         calls.append(True)
         return engine(self, *args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(benchmark.LayerKernel, "__call__", counted)
-    benchmark.measure_layer(inputs, [catalog.DENSE] * 4, repeats=1)
+    monkeypatch.setattr(measure.LayerKernel, "__call__", counted)
+    measure.measure_layer(inputs, [catalog.DENSE] * 4, repeats=1)
     assert not calls
-    benchmark.measure_layer(inputs, [catalog.DENSE] * 4, repeats=1, force=True)
+    measure.measure_layer(inputs, [catalog.DENSE] * 4, repeats=1, force=True)
     assert calls
 
 
 def test_a_kernel_that_answers_wrongly_is_not_timed(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = benchmark.LayerKernel.__call__
+    engine = measure.LayerKernel.__call__
 
     def wrong(self: object, *args: Tensor, **more: object) -> Tensor:
         return engine(self, *args, **more) * 1.01  # type: ignore[arg-type]
 
-    monkeypatch.setattr(benchmark.LayerKernel, "__call__", wrong)
+    monkeypatch.setattr(measure.LayerKernel, "__call__", wrong)
     mixed = [catalog.DENSE, *[catalog.Approximation(Window(32))] * 3]
     with pytest.raises(ValueError, match="do not give what dense attention gives"):
-        benchmark.measure_layer(inputs, mixed, repeats=1)
-    benchmark.measure_layer(inputs, mixed, repeats=1, check=False)
+        measure.measure_layer(inputs, mixed, repeats=1)
+    measure.measure_layer(inputs, mixed, repeats=1, check=False)

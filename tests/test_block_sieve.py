@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnplan.kernels import block_sieve
-from attnplan.kernels.block_sieve import SIEVE
-from attnplan.kernels.token_selection import top_tokens
+from attnplan.kernels.selectors import _block_sieve as block_sieve
+from attnplan.kernels.selectors._block_sieve import SIEVE
+from attnplan.kernels.selectors._top_tokens import top_tokens
 
 SELECTORS = [block_sieve.sieved_tokens, block_sieve.sieved_tokens_torch]
 

@@ -23,12 +23,12 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnplan.kernels import catalog
-from attnplan.kernels.keep.clusters import Clusters
-from attnplan.kernels.keep.full import Full
-from attnplan.kernels.keep.observed import Observed
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import SLACK, Keeper
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.cache_policies.clusters import Clusters
+from attnplan.kernels.cache_policies.full import Full
+from attnplan.kernels.cache_policies.observed import Observed
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.attention_sites import implementation
 from attnplan.models.load import LoadedModel, identity
 from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target

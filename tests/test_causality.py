@@ -20,7 +20,7 @@ from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.contracts.selector import Selector
-from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
 

@@ -9,21 +9,22 @@ import torch
 from tests.attention import all_blocks, chosen_pairs, dense, run, text
 
 from attnplan.kernels import catalog
-from attnplan.kernels.block_pattern import BlockGrid, ScoredBlocks
+from attnplan.kernels.compressors._chunk_slots import ChunkCompressor, chunk_tiles
+from attnplan.kernels.compressors.centroid_t import CentroidT
+from attnplan.kernels.compressors.multipole import Multipole
+from attnplan.kernels.compressors.performer import Performer
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import reference, triton
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.far.multipole import Multipole
-from attnplan.kernels.far.performer import Performer
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.antidiagonal import Antidiagonal
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.quest import Quest
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.engines.gpu import prefill as gpu_prefill
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.slot_chunks import ChunkCompressor, chunk_tiles
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
+from attnplan.kernels.selectors._scored_blocks import BlockGrid, ScoredBlocks
+from attnplan.kernels.selectors.antidiagonal import Antidiagonal
+from attnplan.kernels.selectors.block_topk import BlockTopK
+from attnplan.kernels.selectors.quest import Quest
+from attnplan.kernels.selectors.window import Window
 
 PAIRS = chosen_pairs()
 
@@ -81,7 +82,7 @@ def test_a_key_is_near_or_in_a_chunk_that_is_read(
     tiles, slots = pair.tiles(inputs, all_blocks(inputs))
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
     is_near = tiles.counts(queries, keys)
-    seen = reference._far(tiles, slots, inputs.query)
+    seen = reference_prefill._far(tiles, slots, inputs.query)
     count = 0 if slots is None else slots.key.shape[2]
     is_read = torch.zeros(*is_near.shape[:3], count) if seen is None else seen[1]
     for b, by_head in enumerate(chosen(pair, inputs)):
@@ -185,7 +186,7 @@ def test_engines_and_a_mixed_layer_agree() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert slots is not None
     moved = {f.name: getattr(slots, f.name).to(device) for f in dataclasses.fields(slots)}
-    found, _ = triton.attend(
+    found, _ = gpu_prefill.attend(
         *(t.to(device) for t in call),
         scale=inputs.scale,
         kv_head=inputs.kv_head,

@@ -24,8 +24,8 @@ from tests import tiny_model
 from attnplan.cli import app as cli
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.load import load_model
 from attnplan.pipeline.verify import unjudged
 from attnplan.plan.plan import Plan, Target

@@ -7,12 +7,12 @@ import torch
 from tests.attention import moments
 from torch import Tensor
 
-from attnplan.kernels.cluster_chunks import ClusterCompressor
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.far.multipole import Multipole
+from attnplan.kernels.compressors._chunk_slots import ChunkCompressor
+from attnplan.kernels.compressors._clustered_chunks import ClusterCompressor
+from attnplan.kernels.compressors.centroid_t import CentroidT
+from attnplan.kernels.compressors.multipole import Multipole
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.slots import Slots
-from attnplan.kernels.slot_chunks import ChunkCompressor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAR = {

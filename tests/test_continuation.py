@@ -11,9 +11,9 @@ import torch
 from tests.architectures import text, tiny
 from torch import Tensor
 
-from attnplan.kernels import catalog, keepers
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import SLACK, Keeper
+from attnplan.kernels import cache_catalog, catalog
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
 from attnplan.quality import continuation
 from attnplan.quality.continuation import Continuation, likelihoods
 from attnplan.quality.prefill import Reference, original
@@ -97,7 +97,7 @@ def test_losses_of_a_continuation_are_those_of_its_tokens() -> None:
     assert not plain.condensed and plain.kl < 1e-6
     kept = found.compare(lambda: keeping(model, Recent(32)), 0)
     assert kept.condensed and kept.kl > 1e-4 and kept.loss != kept.loss_dense
-    assert not found.compare(lambda: keeping(model, keepers.FULL), 0).condensed
+    assert not found.compare(lambda: keeping(model, cache_catalog.FULL), 0).condensed
 
 
 def test_a_cache_that_was_condensed_without_effect_is_refused(

@@ -11,13 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnplan.kernels import tile_list
-from attnplan.kernels.engines import build, cpu, reference
+from attnplan.kernels.engines.cpu import prefill as cpu_prefill
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.native import build
+from attnplan.kernels.operands import tile_list
 from attnplan.kernels.operands.slots import Slots
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, GATHER, SLOTS, TAKEN, TileList
+from attnplan.kernels.operands.tile_list import (
+    BLOCK,
+    CONTIGUOUS,
+    FULL,
+    GATHER,
+    SLOTS,
+    TAKEN,
+    TileList,
+)
 
 Engine = Callable[..., tuple[Tensor, Tensor]]
-ENGINES = [cpu.attend, cpu.attend_torch]
+ENGINES = [cpu_prefill.attend, cpu_prefill.attend_torch]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -172,14 +182,14 @@ def check(engine: Engine, case: Case) -> None:
     query, key, value, arguments = case.draw()
     output, lse = engine(query, key, value, **arguments)
     assert output.dtype == case.dtype and lse.dtype == torch.float32
-    low, low_lse = reference.attend(query, key, value, **arguments)
+    low, low_lse = reference_prefill.attend(query, key, value, **arguments)
     arguments["slots"] = double(arguments["slots"])  # type: ignore[arg-type]
     wide = (query.double(), key.double(), value.double())
-    exact, exact_lse = reference.attend(*wide, **arguments)  # type: ignore[arg-type]
+    exact, exact_lse = reference_prefill.attend(*wide, **arguments)  # type: ignore[arg-type]
     logit = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max()
     rounding = torch.finfo(torch.float32).eps * max(1.0, float(logit) * case.head_dim**-0.5)
     arguments["slots"] = magnitudes(arguments["slots"])  # type: ignore[arg-type]
-    unsigned = reference.attend(*wide, **arguments)[1]  # type: ignore[arg-type]
+    unsigned = reference_prefill.attend(*wide, **arguments)[1]  # type: ignore[arg-type]
     condition = (unsigned - exact_lse).exp().nan_to_num(1.0)  # no mass at all: exactly zero
     condition[exact_lse.isnan()] = float("inf")  # a negative mass has no logarithm
     assert_as_accurate(output, low, exact, rounding, condition[..., None])
@@ -271,7 +281,7 @@ def test_the_number_of_threads_does_not_change_the_result() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(cpu.attend(query, key, value, **arguments))
+            results.append(cpu_prefill.attend(query, key, value, **arguments))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0])
@@ -298,17 +308,17 @@ def test_a_list_that_points_outside_its_pools_is_refused(
         1, 1, 1, torch.tensor([0]), torch.tensor([tile]), none.gather, none.masks
     )
     with pytest.raises(ValueError, match=message):
-        cpu.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
+        cpu_prefill.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
 
 
 def test_wrong_inputs_are_named() -> None:
     query, key, value, arguments = Case().draw()
     with pytest.raises(ValueError, match=r"query is torch.float64; the cpu engine takes float32"):
-        cpu.attend(query.double(), key.double(), value.double(), **arguments)
+        cpu_prefill.attend(query.double(), key.double(), value.double(), **arguments)
     with pytest.raises(ValueError, match=r"kv_head \(9,\) does not name"):
-        cpu.attend(query, key, value, **{**arguments, "kv_head": (9,)})
+        cpu_prefill.attend(query, key, value, **{**arguments, "kv_head": (9,)})
     with pytest.raises(ValueError, match="the query has batch 1, 4 heads, 20 rows"):
-        cpu.attend(query[:, :, :20], key, value, **arguments)
+        cpu_prefill.attend(query[:, :, :20], key, value, **arguments)
 
 
 def test_the_library_is_compiled_once_and_without_a_partial_file(tmp_path: Path) -> None:
@@ -333,4 +343,4 @@ def test_a_compiler_that_fails_is_reported(tmp_path: Path) -> None:
 
 
 def test_describe_names_the_path() -> None:
-    assert cpu.describe().startswith("torch" if build.load().library is None else "C++")
+    assert cpu_prefill.describe().startswith("torch" if build.load().library is None else "C++")

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnplan.kernels.engines import decode_cpu, decode_reference
-from attnplan.kernels.stored import PAGE, StoredRows
+from attnplan.kernels.engines.cpu import decode as cpu_decode
+from attnplan.kernels.engines.reference import decode as reference_decode
+from attnplan.kernels.operands.kv_rows import PAGE, StoredRows
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-ENGINES: list[Callable[..., tuple[Tensor, Tensor]]] = [decode_cpu.decode, decode_cpu.decode_torch]
+ENGINES: list[Callable[..., tuple[Tensor, Tensor]]] = [cpu_decode.decode, cpu_decode.decode_torch]
 
 
 def layer(
@@ -105,7 +106,7 @@ def test_engines_agree_with_the_reference(
     )
     low, stored = query.to(dtype), [cast(rows, dtype) for rows in stored]
     wide = [cast(rows, torch.float64) for rows in stored]
-    expected, mass = decode_reference.decode(low.double(), wide, scale=0.3)
+    expected, mass = reference_decode.decode(low.double(), wide, scale=0.3)
     output, log_mass = engine(low, stored, scale=0.3)
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=DTYPES[dtype] * 4)
@@ -117,14 +118,14 @@ def test_runs_of_rows_are_merged(engine: Callable[..., tuple[Tensor, Tensor]]) -
     """Lists of several work items, of very different magnitude, in one layer."""
     query, stored = layer([((1, 2), 3000), ((0,), 40)], group=3, queries=1, batch=1)
     stored[0].key[:, :, 1500] *= 30
-    expected, mass = decode_reference.decode(query, stored, scale=0.125)
+    expected, mass = reference_decode.decode(query, stored, scale=0.125)
     single = [cast(rows, torch.float32) for rows in stored]
     output, log_mass = engine(query.float(), single, scale=0.125)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(log_mass.double(), mass, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, decode_reference.decode])
+@pytest.mark.parametrize("engine", [*ENGINES, reference_decode.decode])
 def test_a_query_that_sees_nothing_is_zero(engine: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """All rows are padding: no mass, and no NaN."""
     query, stored = layer([((0,), 5)], group=2, queries=1, batch=1)
@@ -144,16 +145,16 @@ def test_what_does_not_fit_is_refused() -> None:
     """Missing kv heads, dtypes that differ, more new tokens than rows."""
     query, stored = layer([((0,), 5), ((1,), 5)], group=1, queries=1)
     with pytest.raises(ValueError, match="do not serve 2 query heads"):
-        decode_cpu.decode(query.float(), [cast(stored[1], torch.float32)], scale=1.0)
+        cpu_decode.decode(query.float(), [cast(stored[1], torch.float32)], scale=1.0)
     with pytest.raises(ValueError, match="the stored rows are"):
-        decode_cpu.decode(query.float(), stored, scale=1.0)
+        cpu_decode.decode(query.float(), stored, scale=1.0)
     more = query.float().expand(2, 2, 9, 64)
     with pytest.raises(ValueError, match="5 rows are in use of 12, with 9 of them new"):
-        decode_cpu.decode(more, [cast(rows, torch.float32) for rows in stored], scale=1.0)
+        cpu_decode.decode(more, [cast(rows, torch.float32) for rows in stored], scale=1.0)
     paged = layer([((0,), 40), ((1,), 5)], group=1, queries=1, paged=True)[1]
     short = replace(paged[0], pages=paged[0].pages[..., :2])  # type: ignore[index]
     with pytest.raises(ValueError, match=r"expected int32 \[2, 1, 3\] for 40 rows"):
-        decode_cpu.decode(query, [short, paged[1]], scale=1.0)
+        cpu_decode.decode(query, [short, paged[1]], scale=1.0)
 
 
 def test_pages_are_a_list_of_rows() -> None:

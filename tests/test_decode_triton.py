@@ -12,8 +12,9 @@ from tests import interpreter_memory
 from tests.test_decode import cast, layer
 from torch import Tensor
 
-from attnplan.kernels.engines import decode_reference, decode_triton
-from attnplan.kernels.stored import StoredRows
+from attnplan.kernels.engines.gpu import decode as gpu_decode
+from attnplan.kernels.engines.reference import decode as reference_decode
+from attnplan.kernels.operands.kv_rows import StoredRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -49,13 +50,13 @@ def check(
 ) -> tuple[Tensor, Tensor]:
     """Against the reference in float64 on the same rounded inputs."""
     given = [cast(rows, dtype) for rows in stored]
-    exact = decode_reference.decode(
+    exact = reference_decode.decode(
         query.to(dtype).double(), [cast(rows, torch.float64) for rows in given], scale=0.2
     )
     there = [moved(rows) for rows in given]
     tensors = [getattr(rows, name) for rows in there for name in TENSORS]
     with reachable([t for t in tensors if t is not None]):
-        found = decode_triton._decode(query.to(dtype).to(DEVICE), there, 0.2, programs)
+        found = gpu_decode._decode(query.to(dtype).to(DEVICE), there, 0.2, programs)
     assert found[0].dtype == dtype
     torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=0, atol=2 * DTYPES[dtype])
     torch.testing.assert_close(found[1].cpu().double(), exact[1], rtol=0, atol=2e-5)
@@ -92,11 +93,11 @@ def test_halves_round_only_inputs_and_outputs(dtype: torch.dtype) -> None:
 def test_a_table_serves_while_rows_are_added(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no longer: another table is made where rows are condensed, or lie elsewhere."""
     made = []
-    table = decode_triton._table
+    table = gpu_decode._table
     monkeypatch.setattr(
-        decode_triton, "_table", lambda *given: made.append(len(made)) or table(*given)
+        gpu_decode, "_table", lambda *given: made.append(len(made)) or table(*given)
     )
-    decode_triton._layouts.clear()
+    gpu_decode._layouts.clear()
     query, whole = layer([((0, 2), 700), ((1,), 400)], group=2, queries=1, padded=padded)
     whole = [moved(cast(rows, torch.float32)) for rows in whole]
     query = query.float()
@@ -107,20 +108,20 @@ def test_a_table_serves_while_rows_are_added(padded: bool, monkeypatch: pytest.M
         stored = [
             dataclasses.replace(rows, length=n) for rows, n in zip(stored, lengths, strict=True)
         ]
-        exact = decode_reference.decode(
+        exact = reference_decode.decode(
             query.double(), [cast(moved_back(rows), torch.float64) for rows in stored], scale=0.2
         )
         tensors = [getattr(rows, name) for rows in stored for name in TENSORS]
         with reachable([t for t in tensors if t is not None]):
-            found = decode_triton._decode(query.to(DEVICE), stored, 0.2, 12)
+            found = gpu_decode._decode(query.to(DEVICE), stored, 0.2, 12)
         torch.testing.assert_close(found[0].cpu().double(), exact[0], rtol=0, atol=2e-6)
         torch.testing.assert_close(found[1].cpu().double(), exact[1], rtol=0, atol=2e-5)
         return len(made) - before
 
     assert step((600, 300)) == 1
-    for more in (0, 1, 7, decode_triton.GROWTH - 1):
+    for more in (0, 1, 7, gpu_decode.GROWTH - 1):
         assert step((600 + more, 300 + more)) == 0
-    assert step((600 + decode_triton.GROWTH, 300 + decode_triton.GROWTH)) == 1
+    assert step((600 + gpu_decode.GROWTH, 300 + gpu_decode.GROWTH)) == 1
     assert step((600, 300)) == 1, "rows were taken back"
     assert step((601, 300)) == 1, "one kv head alone has grown"
     assert step((601, 300)) == 0
@@ -148,12 +149,12 @@ def test_a_query_that_sees_nothing_gets_nothing() -> None:
 def test_bad_input_is_refused() -> None:
     query, (rows,) = layer([((0,), 40)], group=2, queries=1)
     with pytest.raises(ValueError, match="computes in"):
-        decode_triton.decode(query, [rows], scale=1.0)
+        gpu_decode.decode(query, [rows], scale=1.0)
     single = cast(rows, torch.float32)
     strange = dataclasses.replace(single, bias=torch.zeros(rows.key.shape[:3]).double())
     with pytest.raises(ValueError, match="bias must be float32"):
-        decode_triton.decode(query.float(), [strange], scale=1.0)
+        gpu_decode.decode(query.float(), [strange], scale=1.0)
     there = moved(single)
     there = dataclasses.replace(there, key=there.key.to("meta"))
     with pytest.raises(ValueError, match="stored rows are on meta, the query on"):
-        decode_triton.decode(query.float().to(DEVICE), [there], scale=1.0)
+        gpu_decode.decode(query.float().to(DEVICE), [there], scale=1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnplan.kernels import catalog, digest, keepers
+from attnplan.kernels import cache_catalog, catalog, digest
 from attnplan.kernels.digest import decode_digest, files_of, layer_digest
 
 NEAR, FAR = catalog.NEAR, catalog.FAR
@@ -55,7 +55,7 @@ def test_heads_of_two_methods_count_both() -> None:
 
 
 def test_decoding_has_digests_of_its_own() -> None:
-    kinds = keepers.KEEPERS.values()
+    kinds = cache_catalog.KEEPERS.values()
     found = {decode_digest(device, [kind]) for device in ("cpu", "cuda") for kind in kinds}
     assert len(found) == 2 * len(kinds) and layer_digest("cpu") not in found
 

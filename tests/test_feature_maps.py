@@ -12,24 +12,27 @@ from sklearn.kernel_approximation import PolynomialCountSketch
 from tests.attention import all_blocks, dense, moments, run
 from torch import Tensor
 
-from attnplan.kernels import catalog, feature_map, part
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors import _feature_map as feature_map
+from attnplan.kernels.compressors._feature_map import FeatureMap, products, running_sums
+from attnplan.kernels.compressors.csalr import CSALR
+from attnplan.kernels.compressors.linear import Linear
+from attnplan.kernels.compressors.performer import Performer
+from attnplan.kernels.compressors.polysketch import PolySketch
+from attnplan.kernels.compressors.taylor import Taylor
+from attnplan.kernels.compressors.tensor_sketch import TensorSketch, hashes
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import cpu, reference
-from attnplan.kernels.executor import attend
-from attnplan.kernels.far.csalr import CSALR
-from attnplan.kernels.far.linear import Linear
-from attnplan.kernels.far.performer import Performer
-from attnplan.kernels.far.polysketch import PolySketch
-from attnplan.kernels.far.taylor import Taylor
-from attnplan.kernels.far.tensor_sketch import TensorSketch, hashes
-from attnplan.kernels.feature_map import FeatureMap, products, running_sums
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.engines.cpu import prefill as cpu_prefill
+from attnplan.kernels.engines.dispatch import attend
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer.layer_attention import LayerKernel
+from attnplan.kernels.operands import partial_softmax
 from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.partial_softmax import Part
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.part import Part
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
+from attnplan.kernels.selectors._static_pattern import causal
+from attnplan.kernels.selectors.window import Window
 from attnplan.search.scores import Observed, score_layer
 
 MAPS = {
@@ -459,7 +462,7 @@ def test_hazards_give_finite_numbers(far: FeatureMap, dtype: torch.dtype) -> Non
     key[:, :, 80:120] = key[:, :, 80:81]
     query[:, :, 300:310] *= 8
     inputs = dataclasses.replace(inputs, key=key, query=query)
-    output = run(Approximation(Window(32), far), inputs, cpu.attend)
+    output = run(Approximation(Window(32), far), inputs, cpu_prefill.attend)
     assert bool(output.isfinite().all())
     largest = inputs.value.float().abs().amax()
     bound = 50 if isinstance(far, TensorSketch) else 1.01  # signed weights are not convex
@@ -505,7 +508,7 @@ def test_rows_of_negative_mass_take_the_near_field_alone() -> None:
     alone_rows = ~made.usable[:, :, :500]
     assert bool(alone_rows[:, :, 128:].any()) and not bool(alone_rows[:, :, 128:].all())
     tiles, _ = Approximation(Window(32), far).tiles(inputs, all_blocks(inputs))
-    alone, _ = reference.attend(
+    alone, _ = reference_prefill.attend(
         inputs.query,
         inputs.key,
         inputs.value,
@@ -546,11 +549,11 @@ def test_parts_of_the_keys_make_up_dense_attention() -> None:
     heads = list(inputs.kv_head)
     keep, early = causal(inputs), torch.arange(200) < 90
     tensors = (inputs.query, inputs.key[:, heads], inputs.value[:, heads])
-    near = reference.masked(*tensors, keep & ~early, inputs.scale)
-    output, mass = reference.masked(*tensors, keep & early, inputs.scale)
+    near = reference_prefill.masked(*tensors, keep & ~early, inputs.scale)
+    output, mass = reference_prefill.masked(*tensors, keep & early, inputs.scale)
     far = Part(output * 7, torch.full_like(mass, 7.0), mass - math.log(7), (0, 1, 2, 3))
     merged, total = far.merge(*near)
-    expected, expected_mass = reference.masked(*tensors, keep, inputs.scale)
+    expected, expected_mass = reference_prefill.masked(*tensors, keep, inputs.scale)
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(total, expected_mass)
 
@@ -588,7 +591,7 @@ def test_a_part_names_its_heads() -> None:
     """Heads that are not named keep what they have, and rows past the output are ignored."""
     near, log_mass = torch.randn(1, 3, 5, 3).double(), torch.zeros(1, 3, 5).double()
     one, two = random_part(0), random_part(1)
-    both = part.stack_heads([one, dataclasses.replace(two, head=(1, 3))])
+    both = partial_softmax.stack_heads([one, dataclasses.replace(two, head=(1, 3))])
     assert both.head == (0, 2, 1, 3)
     output, _ = one.merge(near.clone(), log_mass.clone())
     assert torch.equal(output[:, 1], near[:, 1])

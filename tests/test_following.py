@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from attnplan.kernels import catalog
+from attnplan.kernels.cache_policies.full import Full
+from attnplan.kernels.cache_policies.recent import Recent
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keep.full import Full
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import Keeper
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.contracts.cache_policy import Keeper
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.attention_sites import attention_sites
 from attnplan.models.load import identity
 from attnplan.plan.plan import DecodeSection, Plan, PlanError, Target
@@ -331,7 +331,7 @@ def test_rows_are_not_counted_before_they_are_stored(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that runs out while storing: the token is as if it had not been given."""
-    from attnplan.kernels import layer_store
+    from attnplan.kernels.kv_cache import layer_cache
 
     keeping(model, NARROW)
     ids, one = text(60, 1), text(2, 1)
@@ -341,7 +341,7 @@ def test_rows_are_not_counted_before_they_are_stored(
         raise MemoryError("no more")
 
     with monkeypatch.context() as context:
-        context.setattr(layer_store._Group, "reserve", fail)
+        context.setattr(layer_cache._Group, "reserve", fail)
         with pytest.raises(MemoryError):
             logits(model, one, cache=cache)
     assert [layer.store.rows for layer in cache.layers] == [(60, 60)] * 2
@@ -353,7 +353,7 @@ def test_a_token_is_not_counted_before_its_attention(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above, where one token is stored and attended to at once."""
-    from attnplan.kernels.layer_store import LayerStore
+    from attnplan.kernels.kv_cache.layer_cache import LayerStore
 
     keeping(model, NARROW)
     ids, one = text(60, 1), text(1, 1)

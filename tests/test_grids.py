@@ -6,9 +6,9 @@ import pytest
 
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.layer import can_prepare
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.layer.layer_attention import can_prepare
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.window import Window
 from attnplan.search.candidates import candidates
 
 HEADS = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnplan.kernels.engines import index_triton
-from attnplan.kernels.near.lsh import LSH, _rotations
+from attnplan.kernels.engines.gpu import nearest as gpu_nearest
 from attnplan.kernels.numerics.clustering import nearest
+from attnplan.kernels.selectors.lsh import LSH, _rotations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -44,7 +44,7 @@ def test_every_point_gets_its_nearest_centre(name: str, dtype: torch.dtype) -> N
     outer, count, clusters, dim = PROBLEMS[name]
     points = (randn(*outer, count, dim) + 0.5).to(DEVICE, dtype)
     centre = (randn(*outer, clusters, dim, seed=1) + 0.5).to(DEVICE, dtype)
-    found = index_triton.nearest_centres(points, centre)
+    found = gpu_nearest.nearest_centres(points, centre)
     x, y = points.cpu().double(), centre.cpu().double()
     losses = 0.5 * y.square().sum(-1)[..., None, :] - x @ y.mT
     terms = x.norm(dim=-1) * y.norm(dim=-1).amax(-1, keepdim=True) * 2
@@ -62,7 +62,7 @@ def test_of_equally_near_centres_the_first_counts(dtype: torch.dtype) -> None:
     points = torch.randint(-3, 4, (2, 90, 20), generator=generator).to(DEVICE, dtype)
     few = torch.randint(-3, 4, (2, 40, 20), generator=generator).to(DEVICE, dtype)
     centre = torch.cat([few, few[:, :7], few], 1)
-    found = index_triton.nearest_centres(points, centre)
+    found = gpu_nearest.nearest_centres(points, centre)
     expected = nearest(points.cpu().double(), torch.ones(2, 90).double(), centre.cpu().double(), 1)
     assert torch.equal(found.cpu(), expected)
     assert int(found.max()) < 40
@@ -71,14 +71,14 @@ def test_of_equally_near_centres_the_first_counts(dtype: torch.dtype) -> None:
 def test_rows_of_a_larger_tensor_are_found() -> None:
     points = randn(3, 50, 64).float().to(DEVICE)[:, ::2, 5:37]
     centre = randn(9, 3, 32, seed=1).float().to(DEVICE).transpose(0, 1)
-    found = index_triton.nearest_centres(points, centre)
+    found = gpu_nearest.nearest_centres(points, centre)
     assert torch.equal(found, torch.cdist(points, centre).argmin(-1))
 
 
 def test_nothing_has_no_centre() -> None:
     centre = torch.zeros(2, 4, 8, device=DEVICE)
-    assert index_triton.nearest_centres(centre[:, :0], centre).shape == (2, 0)
-    assert index_triton.nearest_centres(centre[:0], centre[:0]).shape == (0, 4)
+    assert gpu_nearest.nearest_centres(centre[:, :0], centre).shape == (2, 0)
+    assert gpu_nearest.nearest_centres(centre[:0], centre[:0]).shape == (0, 4)
 
 
 HASHES = {  # batch, heads, rows, dim, rounds, buckets
@@ -95,7 +95,7 @@ def test_every_row_gets_its_bucket(name: str, dtype: torch.dtype) -> None:
     batch, heads, count, dim, rounds, buckets = HASHES[name]
     rows = randn(batch, heads, count, dim).to(DEVICE, dtype)
     directions = _rotations(dim, rounds, buckets).to(DEVICE, dtype)
-    found = index_triton.hash_codes(rows, directions, rounds)
+    found = gpu_nearest.hash_codes(rows, directions, rounds)
     x, r = rows.cpu().double(), directions.cpu().double()
     turned = (x @ r).unflatten(3, (rounds, -1)).transpose(2, 3)
     losses = -torch.cat([turned, -turned], -1)
@@ -112,7 +112,7 @@ def test_of_equal_buckets_the_first_counts() -> None:
     rows = torch.randint(-2, 3, (1, 2, 80, 16), generator=generator).float()
     few = torch.randint(-2, 3, (16, 30), generator=generator).float()
     directions = torch.cat([few, -few, few], 1)
-    found = index_triton.hash_codes(rows.to(DEVICE), directions.to(DEVICE), 1)
+    found = gpu_nearest.hash_codes(rows.to(DEVICE), directions.to(DEVICE), 1)
     turned = rows @ directions
     expected = torch.cat([turned, -turned], -1).argmax(-1)[:, :, None]
     assert torch.equal(found.cpu(), expected)
@@ -121,20 +121,20 @@ def test_of_equal_buckets_the_first_counts() -> None:
 
 def test_a_row_of_zeros_is_in_the_first_bucket() -> None:
     rows, directions = torch.zeros(1, 1, 3, 16), randn(16, 8).float()
-    found = index_triton.hash_codes(rows.to(DEVICE), directions.to(DEVICE), 2)
+    found = gpu_nearest.hash_codes(rows.to(DEVICE), directions.to(DEVICE), 2)
     assert int(found.abs().max()) == 0
 
 
 def test_bad_input_is_refused() -> None:
     points, centre = torch.zeros(2, 8, 16), torch.zeros(2, 4, 16)
     with pytest.raises(ValueError, match=r"computed in .* got torch.float64"):
-        index_triton.nearest_centres(points.double(), centre.double())
+        gpu_nearest.nearest_centres(points.double(), centre.double())
     with pytest.raises(ValueError, match=r"rows are torch.float32 on cpu, .* torch.float16 on cpu"):
-        index_triton.nearest_centres(points, centre.half())
+        gpu_nearest.nearest_centres(points, centre.half())
     with pytest.raises(ValueError, match=r"beside points \[2, 8, 16\], got \[1, 4, 16\]"):
-        index_triton.nearest_centres(points, centre[:1])
+        gpu_nearest.nearest_centres(points, centre[:1])
     with pytest.raises(ValueError, match=r"directions must be \[16, a multiple of 3\], got"):
-        index_triton.hash_codes(points[None], torch.zeros(16, 8), 3)
+        gpu_nearest.hash_codes(points[None], torch.zeros(16, 8), 3)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnplan.kernels.engines import triton as engine
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, TileList, from_rows
+from attnplan.kernels.engines.gpu import prefill as engine
+from attnplan.kernels.operands.tile_list import BLOCK, CONTIGUOUS, TileList, from_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 

@@ -13,9 +13,9 @@ import torch
 from tests.test_interpreter import load
 from torch import Tensor
 
-from attnplan.kernels.engines import reference
-from attnplan.kernels.engines import triton as engine
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, from_rows
+from attnplan.kernels.engines.gpu import prefill as engine
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.operands.tile_list import BLOCK, CONTIGUOUS, FULL, from_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 
@@ -48,8 +48,8 @@ def excess(module: ModuleType) -> float:
     def run(attend: ModuleType, *inputs: Tensor) -> Tensor:
         return attend.attend(*inputs, scale=0.125, kv_head=(0,), tiles=every)[0]
 
-    exact = run(reference, query.double(), key.double(), value.double())
-    low = run(reference, query, key, value)
+    exact = run(reference_prefill, query.double(), key.double(), value.double())
+    low = run(reference_prefill, query, key, value)
     actual = run(module, query, key, value)
     return float((actual.double() - exact).norm() / (2 * (low.double() - exact).norm()))
 

@@ -23,13 +23,13 @@ from attnplan.bench.rows import Row, Source, at_density, calls, efficiency, pars
 from attnplan.bench.sweep import METHODS, Outcome, Sweep, sweep
 from attnplan.cli import app as cli
 from attnplan.kernels import catalog
-from attnplan.kernels.benchmark import Timing, WrongKernel
+from attnplan.kernels.bench.measure import Timing, WrongKernel
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.block_topk import BlockTopK
+from attnplan.kernels.selectors.window import Window
 from attnplan.report.kernel_tables import tables
 
 CPU = torch.device("cpu")

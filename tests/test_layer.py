@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from tests.attention import chosen_pairs
 from torch import Tensor
 
-from attnplan.kernels import catalog, layer
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors.centroid_t import CentroidT
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import reference
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.loki import Loki
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer import layer_attention
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.kernels.operands.inputs import Inputs, Moments
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.loki import Loki
+from attnplan.kernels.selectors.window import Window
 
 DENSE = catalog.DENSE
 CHOICES = [a for a in catalog.choices(AttentionShape(1, 4, 2, 600, 600, 16)) if not a.is_dense]
@@ -71,7 +72,7 @@ def alone(approximation: Approximation, inputs: Inputs, head: int) -> Tensor:
     if slots is not None:
         wide = {n: getattr(slots, n).double() for n in ("key", "log_weight", "weight", "value")}
         slots = replace(slots, **wide)
-    output, log_mass = reference.attend(
+    output, log_mass = reference_prefill.attend(
         some.query.double(),
         some.key.double(),
         some.value.double(),
@@ -230,10 +231,10 @@ def test_layers_with_the_same_heads_in_another_order_share_one_list() -> None:
 
 def test_the_cache_of_static_lists_is_bounded() -> None:
     kernel = LayerKernel((WINDOWS[0],) * 4)
-    for keys in range(1, 2 * layer._CACHED_LISTS):
+    for keys in range(1, 2 * layer_attention._CACHED_LISTS):
         row = torch.zeros(1, 4, keys, 16)  # static selectors look at sizes alone
         kernel.tiles(Inputs.of_layer(row[:, :, :1], row, row, scale=1.0), torch.arange(1))
-    assert len(layer._STATIC) == layer._CACHED_LISTS
+    assert len(layer_attention._STATIC) == layer_attention._CACHED_LISTS
 
 
 def test_a_method_without_its_fitted_data_is_named() -> None:

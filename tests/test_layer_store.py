@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnplan.kernels import keepers
-from attnplan.kernels.engines import decode_reference
-from attnplan.kernels.keep.clusters import Clusters
-from attnplan.kernels.keep.full import Full
-from attnplan.kernels.keep.observed import Observed
-from attnplan.kernels.keep.pages import Pages
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import SLACK, BoundedKeeper, Keeper
-from attnplan.kernels.layer_store import LayerStore, capacity, row_bytes
-from attnplan.kernels.stored import PAGE, bounds_of
+from attnplan.kernels import cache_catalog
+from attnplan.kernels.cache_policies.clusters import Clusters
+from attnplan.kernels.cache_policies.full import Full
+from attnplan.kernels.cache_policies.observed import Observed
+from attnplan.kernels.cache_policies.pages import Pages
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.contracts.cache_policy import SLACK, BoundedKeeper, Keeper
+from attnplan.kernels.engines.reference import decode as reference_decode
+from attnplan.kernels.kv_cache.layer_cache import LayerStore, capacity, row_bytes
+from attnplan.kernels.operands.kv_rows import PAGE, bounds_of
 
 BATCH, GROUP, DIM = 2, 3, 16
 SMALL: list[Keeper] = [
@@ -296,10 +296,10 @@ def test_rows_of_the_batch_can_be_chosen(keeper: Keeper) -> None:
     torch.testing.assert_close(after, before[[1, 1, 0]])
 
 
-@pytest.mark.parametrize("keeper", [k for c in (128, 1024, 8192) for k in keepers.choices(c)])
+@pytest.mark.parametrize("keeper", [k for c in (128, 1024, 8192) for k in cache_catalog.choices(c)])
 def test_keepers_are_spelled_and_read_back(keeper: Keeper) -> None:
     """All choices of the catalog, at several contexts."""
-    assert keepers.from_dict(keepers.to_dict(keeper)) == keeper
+    assert cache_catalog.from_dict(cache_catalog.to_dict(keeper)) == keeper
     assert keeper.limit is None or keeper.limit >= keeper.recent
     assert math.prod(capacity(keeper, n) for n in (1, 8192)) > 0
 
@@ -307,15 +307,15 @@ def test_keepers_are_spelled_and_read_back(keeper: Keeper) -> None:
 def test_bad_spellings_are_refused() -> None:
     """Unknown names, unknown knobs, values that make no sense."""
     with pytest.raises(ValueError, match="unknown keeper 'fifo'; known: full, recent"):
-        keepers.from_dict({"keep": {"name": "fifo"}})
+        cache_catalog.from_dict({"keep": {"name": "fifo"}})
     with pytest.raises(ValueError, match="recent has no knob 'top'"):
-        keepers.from_dict({"keep": {"name": "recent", "window": 64, "top": 3}})
+        cache_catalog.from_dict({"keep": {"name": "recent", "window": 64, "top": 3}})
     with pytest.raises(ValueError, match="window must be at least 32 keys, got 8"):
-        keepers.from_dict({"keep": {"name": "recent", "window": 8}})
+        cache_catalog.from_dict({"keep": {"name": "recent", "window": 8}})
     with pytest.raises(ValueError, match="pool must be odd, got 4"):
         Observed(window=64, pool=4)
     with pytest.raises(ValueError, match="pages must be at least 1, got 0"):
-        keepers.from_dict({"keep": {"name": "pages", "pages": 0}})
+        cache_catalog.from_dict({"keep": {"name": "pages", "pages": 0}})
     with pytest.raises(ValueError, match="window must be at least 16 keys, got 8"):
         Pages(pages=4, window=8)
     with pytest.raises(ValueError, match="clusters must be at least 1"):
@@ -374,5 +374,5 @@ def test_engines_see_every_kv_head_once() -> None:
         type(r)(r.kv_heads, r.key.double(), r.value.double(), r.bias, r.length)
         for r in store.stored
     ]
-    expected, _ = decode_reference.decode(query.double(), wide, scale=store.scale)
+    expected, _ = reference_decode.decode(query.double(), wide, scale=store.scale)
     torch.testing.assert_close(store.attend(query).double(), expected, rtol=0, atol=1e-5)

@@ -13,9 +13,9 @@ from attnplan.bench.league import COSTS, HEADERS, Entry, lines, table
 from attnplan.costs.prefill import spell
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.near.quest import Quest
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.quest import Quest
+from attnplan.kernels.selectors.window import Window
 from attnplan.pipeline.score_methods import ScoreTable
 from attnplan.report import league_page
 from attnplan.search.latency import LatencyModel

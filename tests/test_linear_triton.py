@@ -10,13 +10,13 @@ from tests.attention import moments
 from torch import Tensor
 
 from attnplan.kernels import catalog
-from attnplan.kernels.engines import linear_triton
-from attnplan.kernels.far.csalr import CSALR
-from attnplan.kernels.far.performer import Performer
-from attnplan.kernels.far.taylor import Taylor
-from attnplan.kernels.feature_map import FeatureMap, exponents_of
+from attnplan.kernels.compressors._feature_map import FeatureMap, exponents_of
+from attnplan.kernels.compressors.csalr import CSALR
+from attnplan.kernels.compressors.performer import Performer
+from attnplan.kernels.compressors.taylor import Taylor
+from attnplan.kernels.engines.gpu import feature_sums
 from attnplan.kernels.operands.inputs import Inputs
-from attnplan.kernels.part import Part
+from attnplan.kernels.operands.partial_softmax import Part
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -94,7 +94,7 @@ def by_kernels(
 ) -> Part | None:
     """The part, on whatever device."""
     exponents = exponents_of(far, inputs)
-    return linear_triton.part(exponents, far.chunk, inputs, blocks, floor, sinks, chunks)
+    return feature_sums.part(exponents, far.chunk, inputs, blocks, floor, sinks, chunks)
 
 
 def both(
@@ -170,7 +170,7 @@ def test_some_blocks_and_some_heads(far: FeatureMap, monkeypatch: pytest.MonkeyP
     """Heads one at a time change nothing, and blocks may be named in any order."""
     inputs = text(270)
     whole, _ = both(far, inputs)
-    monkeypatch.setattr(linear_triton, "NUMBERS", 1)
+    monkeypatch.setattr(feature_sums, "NUMBERS", 1)
     found, exact = both(far, inputs, blocks=torch.tensor([3, 1, 2]))
     check(found, exact, torch.float32)
     rows = torch.cat([torch.arange(64) + 64 * block for block in (3, 1, 2)]).to(DEVICE)

@@ -11,20 +11,22 @@ import pytest
 import torch
 from tests.attention import all_blocks, error, moments, pair, run, text
 
-from attnplan.kernels import balance, catalog
-from attnplan.kernels.block_pattern import BlockGrid, first_masses, pooled_queries
-from attnplan.kernels.engines import cpu, reference
-from attnplan.kernels.far.sampled_columns import SampledColumns
-from attnplan.kernels.far.wildcat import _pivots
-from attnplan.kernels.near.antidiagonal import Antidiagonal
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.heavy_hitters import HeavyHitters
-from attnplan.kernels.near.leverage import leverage_scores, online_scores
-from attnplan.kernels.near.random_blocks import RandomBlocks
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors._chunk_slots import ChunkCompressor
+from attnplan.kernels.compressors.sampled_columns import SampledColumns
+from attnplan.kernels.compressors.wildcat import _pivots
+from attnplan.kernels.engines.cpu import prefill as cpu_prefill
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.numerics import balance
 from attnplan.kernels.numerics.clustering import pick, spread
 from attnplan.kernels.numerics.gaussian import gaussian
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.slot_chunks import ChunkCompressor
+from attnplan.kernels.selectors._scored_blocks import BlockGrid, first_masses, pooled_queries
+from attnplan.kernels.selectors._static_pattern import causal
+from attnplan.kernels.selectors.antidiagonal import Antidiagonal
+from attnplan.kernels.selectors.block_topk import BlockTopK
+from attnplan.kernels.selectors.heavy_hitters import HeavyHitters
+from attnplan.kernels.selectors.leverage import leverage_scores, online_scores
+from attnplan.kernels.selectors.random_blocks import RandomBlocks
 
 FAR = [name for name, cls in catalog.FAR.items() if issubclass(cls, ChunkCompressor)]
 
@@ -128,9 +130,9 @@ def test_centroids_never_count_more_mass_than_their_keys() -> None:
     tiles, slots = approximation.tiles(inputs, all_blocks(inputs))
     options = {"scale": inputs.scale, "kv_head": inputs.kv_head}
     tensors = (inputs.query, inputs.key, inputs.value)
-    _, mass = reference.attend(*tensors, **options, tiles=tiles, slots=slots)  # type: ignore[arg-type]
+    _, mass = reference_prefill.attend(*tensors, **options, tiles=tiles, slots=slots)  # type: ignore[arg-type]
     all_keys = catalog.DENSE.tiles(inputs, all_blocks(inputs))[0]
-    _, true = reference.attend(*tensors, **options, tiles=all_keys)  # type: ignore[arg-type]
+    _, true = reference_prefill.attend(*tensors, **options, tiles=all_keys)  # type: ignore[arg-type]
     assert bool((mass <= true + 1e-12).all()) and bool((mass < true - 1e-3).any())
 
 
@@ -346,6 +348,6 @@ def test_hazards_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
     query[:, :, 300:310] *= 8
     inputs = dataclasses.replace(inputs, key=key, query=query)
     chunk = 128 if name == "linformer" else 64  # it is fitted for one size
-    output = run(pair(name, chunk=chunk, slots=8), inputs, cpu.attend)
+    output = run(pair(name, chunk=chunk, slots=8), inputs, cpu_prefill.attend)
     assert bool(output.isfinite().all())
     assert float(output.float().abs().amax()) < 50 * float(inputs.value.float().abs().amax())

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnplan.kernels import catalog
+from attnplan.kernels.cache_policies.full import Full
+from attnplan.kernels.cache_policies.recent import Recent
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keep.full import Full
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import Keeper
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.contracts.cache_policy import Keeper
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.attention_sites import AttentionSite, attention_sites
 from attnplan.runtime.attention import KEPT, PLANNED
 from attnplan.runtime.patch import patch_assignment, patched_stats, unpatch

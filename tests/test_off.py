@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import cpu, reference
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.off import Off
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.engines.cpu import prefill as cpu_prefill
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.off import Off
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.load import identity
 from attnplan.plan.plan import Plan, Target
 from attnplan.runtime.attention import PLANNED
@@ -45,7 +46,9 @@ def text(queries: int = 200, start: tuple[int, ...] = (0, 77)) -> Inputs:
 
 
 @pytest.mark.parametrize(
-    "attend", [reference.attend, cpu.attend, cpu.attend_torch], ids=["reference", "cpu", "torch"]
+    "attend",
+    [reference_prefill.attend, cpu_prefill.attend, cpu_prefill.attend_torch],
+    ids=["reference", "cpu", "torch"],
 )
 def test_a_head_that_is_off_is_zero(attend: Engine) -> None:
     inputs = text()

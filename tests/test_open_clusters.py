@@ -10,17 +10,18 @@ from tests.attention import all_blocks, dense, run, text
 from tests.test_single_keys import CALLS, by_slots, estimate
 from torch import Tensor
 
-from attnplan.kernels import catalog, open_clusters
-from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors import _open_clusters as open_clusters
+from attnplan.kernels.compressors._clustered_chunks import ClusterCompressor
+from attnplan.kernels.compressors.centroid_t import CentroidT
+from attnplan.kernels.compressors.multipole import Multipole
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import build
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.far.multipole import Multipole
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.native import build
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.single_keys import row_floor
+from attnplan.kernels.selectors._single_keys import row_floor
+from attnplan.kernels.selectors._static_pattern import causal
+from attnplan.kernels.selectors.window import Window
 
 FAR: list[ClusterCompressor] = [
     Multipole(64, 8, opened=24),

@@ -27,15 +27,15 @@ from transformers import (
 )
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
-from attnplan.kernels.originals.csalr import csalr_attention
-from attnplan.kernels.originals.linformer import (
+from attnplan.kernels.encoders.csalr import csalr_attention
+from attnplan.kernels.encoders.linformer import (
     fit_projections,
     linformer_attention,
     pooled_projection,
 )
-from attnplan.kernels.originals.newton_schulz import newton_schulz
-from attnplan.kernels.originals.nystromformer import nystromformer_attention
-from attnplan.kernels.originals.skyformer import kernelized_attention, skyformer_attention
+from attnplan.kernels.encoders.newton_schulz import newton_schulz
+from attnplan.kernels.encoders.nystromformer import nystromformer_attention
+from attnplan.kernels.encoders.skyformer import kernelized_attention, skyformer_attention
 from attnplan.profiles.text.builtin_text import documents
 from attnplan.runtime.encoder import patch_encoder, unpatch_encoder
 

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.attention_sites import attention_sites, implementations
 from attnplan.profiles.capture.capture import capture, logits_of
 from attnplan.quality.continuation import prompt, step

@@ -28,9 +28,9 @@ from transformers import (
 import attnplan
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.inputs import Moments
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.load import identity
 from attnplan.plan.plan import Plan, PlanError, Target
 from attnplan.runtime.attention import (

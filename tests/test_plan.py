@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnplan.kernels import catalog
+from attnplan.kernels.compressors.centroid_t import CentroidT
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.inputs import Moments
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.window import Window
 from attnplan.plan.located_yaml import parse_ranges, ranges
 from attnplan.plan.plan import ModelIdentity, Plan, PlanError, Section, Target, needed_data
 

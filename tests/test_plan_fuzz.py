@@ -16,14 +16,14 @@ import yaml
 from tests.test_plan import DENSE, MODEL, NARROW, TARGET, fit
 from torch import Tensor
 
-from attnplan.kernels import keepers
+from attnplan.kernels import cache_catalog
+from attnplan.kernels.cache_policies.clusters import Clusters
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.compressors.centroid_t import CentroidT
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.keep.clusters import Clusters
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.near.loki import Loki
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.inputs import Moments
+from attnplan.kernels.selectors.loki import Loki
+from attnplan.kernels.selectors.window import Window
 from attnplan.plan.output import data_file, digest_of
 from attnplan.plan.plan import DecodeSection, Plan, PlanError, Section
 
@@ -36,7 +36,7 @@ def whole() -> Plan:
     rows = ((DENSE,) * 6, (RANDOM, NARROW, DENSE, FAR, FAR, DENSE), (NARROW,) * 6)
     methods = {"dense": DENSE, "loki": RANDOM, "window": NARROW, "far": FAR}
     mean, gram = torch.zeros(6, 16), torch.eye(16).repeat(6, 1, 1)
-    kept = keepers.fit(Moments(mean, gram, mean[:2], gram[:2]))
+    kept = cache_catalog.fit(Moments(mean, gram, mean[:2], gram[:2]))
     data = {layer: of | kept for layer, of in fit().items()}
     return Plan(
         MODEL,

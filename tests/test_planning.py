@@ -16,10 +16,10 @@ import torch
 from tests import tiny_model
 
 from attnplan.costs.prefill import measure_device, parse, spell
-from attnplan.kernels import catalog, keepers
+from attnplan.kernels import cache_catalog, catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.window import Window
 from attnplan.models.load import LoadedModel, load_model
 from attnplan.pipeline.score_methods import promising, score, scout
 from attnplan.pipeline.search_prefill import (
@@ -308,7 +308,7 @@ def test_a_profile_older_than_a_method_is_fitted_again_without_the_model(
         assert not any(n.startswith("balanced.") for n in store.load_fitted(run.id)[0])
         assert profile(job.loaded, job.work, store, nowhere) == run
         after = store.load_fitted(run.id)
-    wanted = catalog.fitted_names(16) | keepers.fitted_names(16)
+    wanted = catalog.fitted_names(16) | cache_catalog.fitted_names(16)
     assert all(set(after[layer]) == wanted for layer in range(2))
     for layer, data in before.items():
         for name, array in data.items():

@@ -13,28 +13,30 @@ from tests.attention import chosen_pairs, moments, small
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnplan.kernels import catalog, prepared
-from attnplan.kernels.block_pattern import (
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors._chunk_slots import ChunkCompressor
+from attnplan.kernels.compressors.multipole import Multipole
+from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.engines.gpu import merge_partial, top_blocks
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer import prepared
+from attnplan.kernels.layer.layer_attention import LayerKernel, can_prepare, rounded
+from attnplan.kernels.operands.inputs import Inputs
+from attnplan.kernels.operands.partial_softmax import Part
+from attnplan.kernels.selectors._scored_blocks import (
     ASKING,
     BlockGrid,
     followed,
     pooled_keys,
     pooled_queries,
 )
-from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import part_triton, reference, select_triton
-from attnplan.kernels.far.multipole import Multipole
-from attnplan.kernels.layer import LayerKernel, can_prepare, rounded
-from attnplan.kernels.near.antidiagonal import Antidiagonal
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.off import Off
-from attnplan.kernels.near.quest import Quest
-from attnplan.kernels.near.strided import Strided
-from attnplan.kernels.near.window import Window
-from attnplan.kernels.operands.inputs import Inputs
-from attnplan.kernels.part import Part
-from attnplan.kernels.slot_chunks import ChunkCompressor
-from attnplan.kernels.token_selection import best
+from attnplan.kernels.selectors._top_tokens import best
+from attnplan.kernels.selectors.antidiagonal import Antidiagonal
+from attnplan.kernels.selectors.block_topk import BlockTopK
+from attnplan.kernels.selectors.off import Off
+from attnplan.kernels.selectors.quest import Quest
+from attnplan.kernels.selectors.strided import Strided
+from attnplan.kernels.selectors.window import Window
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -86,7 +88,7 @@ def expected(assignment: tuple[Approximation, ...], inputs: Inputs) -> tuple[Ten
     blocks = torch.arange(inputs.blocks, device=DEVICE)
     kernel = LayerKernel(assignment, inputs.fitted)
     tiles, slots = kernel.tiles(inputs, blocks)
-    output, log_mass = reference.attend(
+    output, log_mass = reference_prefill.attend(
         inputs.query,
         inputs.key,
         inputs.value,
@@ -175,7 +177,7 @@ def test_a_shorter_text_reads_the_first_of_what_a_longer_one_reads(tokens: int) 
 
 
 def test_prompts_share_what_is_made_for_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnplan.kernels.layer.is_gpu", lambda device: True)
+    monkeypatch.setattr("attnplan.kernels.layer.layer_attention.is_gpu", lambda device: True)
     made: list[int] = []
     init = prepared.PreparedLayer.__init__
 
@@ -309,7 +311,7 @@ class Waits(TorchDispatchMode):
 
 def test_heads_that_cannot_be_prepared_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one layer with others, which do not wait for them."""
-    monkeypatch.setattr("attnplan.kernels.layer.is_gpu", lambda device: True)
+    monkeypatch.setattr("attnplan.kernels.layer.layer_attention.is_gpu", lambda device: True)
     slow = next(
         a for a in catalog.choices(call(1, 1, 512, 512, (0,)).shape) if a.near.name == "moba"
     )
@@ -341,14 +343,14 @@ def test_parts_are_added_as_torch_adds_them(dtype: torch.dtype) -> None:
     log_mass = 30 * randn(2, 5, 100)
     log_mass[0, 0, :20] = float("-inf")
     wanted, wanted_mass = part.merge(output.clone(), log_mass.clone())
-    part_triton.merge(part, output, log_mass)
+    merge_partial.merge(part, output, log_mass)
     limit = torch.finfo(dtype).eps
     torch.testing.assert_close(output, wanted, atol=limit, rtol=limit)
     torch.testing.assert_close(log_mass, wanted_mass, atol=1e-5, rtol=1e-6)
     with pytest.raises(ValueError, match=r"must be float32, got torch\.float64"):
-        part_triton.merge(Part(numerator.double(), mass, shift, (4, 0, 3)), output, log_mass)
+        merge_partial.merge(Part(numerator.double(), mass, shift, (4, 0, 3)), output, log_mass)
     with pytest.raises(ValueError, match="whole rows"):
-        part_triton.merge(part, output.mT.contiguous().mT, log_mass)
+        merge_partial.merge(part, output.mT.contiguous().mT, log_mass)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -358,14 +360,14 @@ def test_block_means_leave_padding_out(start: tuple[int, ...], dtype: torch.dtyp
     query = torch.randn(2, 4, 200, 48, generator=generator).to(DEVICE, dtype)
     key = torch.randn(2, 2, 200, 48, generator=generator).to(DEVICE, dtype)
     inputs = Inputs.of_layer(query, key, key, scale=1.0, start=start)
-    starts = select_triton.integers(start, DEVICE)
-    heads = select_triton.integers((3, 1), DEVICE)
+    starts = top_blocks.integers(start, DEVICE)
+    heads = top_blocks.integers((3, 1), DEVICE)
     blocks = torch.arange(4, device=DEVICE)
     close = {"atol": 1e-5, "rtol": 1e-5}
-    made = select_triton.block_means(query, heads, starts, 0, up_to=ASKING, scale=0.5)
+    made = top_blocks.block_means(query, heads, starts, 0, up_to=ASKING, scale=0.5)
     torch.testing.assert_close(made, pooled_queries(inputs, blocks)[:, [3, 1]] / 2, **close)
     transposed = key.transpose(1, 2).contiguous().transpose(1, 2)
-    made = select_triton.block_means(transposed, heads % 2, starts, 0)
+    made = top_blocks.block_means(transposed, heads % 2, starts, 0)
     torch.testing.assert_close(made, pooled_keys(inputs)[:, [1, 1]], **close)
 
 
@@ -382,8 +384,8 @@ def test_equal_scores_go_to_the_earlier_block_and_signs_of_zero_do_not_count(
     selector = BlockTopK(4, 2)
     rows, place = prepared.scored_rows((selector,), inputs)
     out = torch.full((rows.chosen,), -1, dtype=torch.int32, device=DEVICE)
-    ints = select_triton.integers
-    select_triton.choose_blocks(
+    ints = top_blocks.integers
+    top_blocks.choose_blocks(
         scores,
         out,
         place=place.to(DEVICE),

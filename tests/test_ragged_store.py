@@ -12,16 +12,17 @@ from tests.test_layer_store import DIM, GROUP, SMALL, fitted
 from tests.test_patch import CONFIGS, build, logits, text
 from torch import Tensor
 
-from attnplan.kernels import catalog, visible
+from attnplan.kernels import catalog
+from attnplan.kernels.cache_policies.full import Full
+from attnplan.kernels.cache_policies.observed import Observed
+from attnplan.kernels.cache_policies.pages import Pages
+from attnplan.kernels.cache_policies.recent import Recent
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keep.full import Full
-from attnplan.kernels.keep.observed import Observed
-from attnplan.kernels.keep.pages import Pages
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import Keeper
-from attnplan.kernels.layer_store import LayerStore
+from attnplan.kernels.contracts.cache_policy import Keeper
+from attnplan.kernels.kv_cache import visible
+from attnplan.kernels.kv_cache.layer_cache import LayerStore
+from attnplan.kernels.kv_cache.ragged_cache import RaggedStore
 from attnplan.kernels.operands.inputs import Moments
-from attnplan.kernels.ragged_store import RaggedStore
 from attnplan.runtime.patch import patch_assignment
 
 PATTERNS = st.lists(st.integers(0, 9), min_size=1, max_size=6).map(

@@ -12,11 +12,11 @@ import torch
 from tests import tiny_model
 
 from attnplan.costs.decode import decode_costs, time_keepers
-from attnplan.kernels import catalog, keepers
-from attnplan.kernels.keep.pages import Pages
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import SLACK, Keeper
-from attnplan.kernels.layer_store import capacity, row_bytes
+from attnplan.kernels import cache_catalog, catalog
+from attnplan.kernels.cache_policies.pages import Pages
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
+from attnplan.kernels.kv_cache.layer_cache import capacity, row_bytes
 from attnplan.models.load import LoadedModel, load_model
 from attnplan.pipeline.score_policies import candidates_for, score_layer
 from attnplan.pipeline.search_cache import remember
@@ -55,13 +55,13 @@ def keeping(loaded: LoadedModel, kept: list[list[Keeper]]) -> Iterator[None]:
 
 def test_keeping_everything_loses_nothing(loaded: LoadedModel, text: torch.Tensor) -> None:
     """The continuation, its bytes, and the scores."""
-    full = [[keepers.FULL] * 2] * 2
+    full = [[cache_catalog.FULL] * 2] * 2
     found = Continuation(Reference(loaded.model, text[None]))
     assert found.kl(lambda: keeping(loaded, full), 0) == pytest.approx(0, abs=1e-6)
     before, after = held_bytes(loaded.model, lambda: keeping(loaded, full), text, 70)
-    each = 2 * 2 * row_bytes(keepers.FULL, 16, 16, 4)
-    assert before == capacity(keepers.FULL, CONTEXT) * each
-    assert capacity(keepers.FULL, CONTEXT + 70) * each >= after >= (CONTEXT + 70) * each
+    each = 2 * 2 * row_bytes(cache_catalog.FULL, 16, 16, 4)
+    assert before == capacity(cache_catalog.FULL, CONTEXT) * each
+    assert capacity(cache_catalog.FULL, CONTEXT + 70) * each >= after >= (CONTEXT + 70) * each
 
 
 def test_fewer_rows_are_fewer_bytes_at_the_peak_too(
@@ -81,13 +81,13 @@ def test_scores_predict_what_a_kv_head_costs(loaded: LoadedModel, text: torch.Te
     captured = capture(loaded.model, text, seed=0)
     narrow = Recent(32)
     scores = np.stack(
-        [score_layer(layer, (keepers.FULL, narrow), {})[:, 1] for layer in captured.layers]
+        [score_layer(layer, (cache_catalog.FULL, narrow), {})[:, 1] for layer in captured.layers]
     )
     assert (scores > 0).all()
     reference = Continuation(Reference(loaded.model, text[None]))
     measured = np.zeros_like(scores)
     for layer, head in np.ndindex(*scores.shape):
-        kept: list[list[Keeper]] = [[keepers.FULL] * 2 for _ in range(2)]
+        kept: list[list[Keeper]] = [[cache_catalog.FULL] * 2 for _ in range(2)]
         kept[layer][head] = narrow
         measured[layer, head] = reference.kl(lambda kept=kept: keeping(loaded, kept), 0)  # type: ignore[misc]
     assert 0.1 < scores.sum() / measured.sum() < 10
@@ -106,7 +106,7 @@ def test_candidates_use_the_whole_limit() -> None:
         return capacity(keeper, 4096) / 4096
 
     found = candidates_for(4096, 0.4, share)
-    assert found[0] == keepers.FULL
+    assert found[0] == cache_catalog.FULL
     largest = {
         k.name: max(share(k) for k in found if k.name == k0.name and share(k) <= 0.4)
         for k0 in found[1:]
@@ -146,7 +146,7 @@ def test_the_cost_of_a_token_is_fitted_to_timings(loaded: LoadedModel, tmp_path:
         loaded.tokenizer, "builtin", context=CONTEXT, sequences=1, split="calibration"
     )
     work = Workload(tokens, seed=0)
-    candidates = (keepers.FULL, Recent(32), Pages(4, 64))
+    candidates = (cache_catalog.FULL, Recent(32), Pages(4, 64))
     with Store(f"sqlite:///{tmp_path}/store.db") as store:
         fit = decode_costs(loaded, work, store, {}, candidates, steps=8)
         again = decode_costs(loaded, work, store, {}, candidates, steps=8)

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from attnplan.kernels import catalog, keepers
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import Keeper
+from attnplan.kernels import cache_catalog, catalog
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.contracts.cache_policy import Keeper
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.text.calibration import load_sequences
 from attnplan.quality.prefill import original
@@ -40,7 +40,7 @@ def test_a_window_forgets_what_lies_before_it(smollm2: LoadedModel) -> None:
     dense = probes.recall(original)
     assert dense.in_prompt == dense.later
     assert dense.in_prompt["key_value"] >= 0.6
-    assert probes.recall(lambda: keeping(smollm2, keepers.FULL)) == dense
+    assert probes.recall(lambda: keeping(smollm2, cache_catalog.FULL)) == dense
     window = probes.recall(lambda: keeping(smollm2, Recent(64)))
     assert window.later["key_value"] <= 0.2
     assert "key_value" in window.worse(dense)

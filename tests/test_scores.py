@@ -13,11 +13,11 @@ from torch import Tensor
 
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import reference
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.engines.reference import prefill as reference_prefill
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
+from attnplan.kernels.selectors.window import Window
 from attnplan.profiles.capture.capture import LayerCapture, SequenceCapture
 from attnplan.profiles.capture.capture_files import CaptureFiles
 from attnplan.search.scores import Observed, sampled_blocks, score_layer
@@ -45,7 +45,7 @@ def observed(queries: int = 400, *, gradient: bool = True, projection: bool = Tr
 def output(approximation: Approximation, inputs: Inputs) -> Tensor:
     """The whole output by the oracle, float64 [heads, queries, value_dim]."""
     tiles, slots = approximation.tiles(inputs, torch.arange(inputs.blocks))
-    found, log_mass = reference.attend(
+    found, log_mass = reference_prefill.attend(
         inputs.query.double(),
         inputs.key.double(),
         inputs.value.double(),

@@ -12,17 +12,18 @@ import torch
 from tests.attention import all_blocks, dense, moments, run
 from torch import Tensor
 
-from attnplan.kernels import balance, catalog
+from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.engines import cpu
-from attnplan.kernels.near import smyrf, sorted_blocks
-from attnplan.kernels.near.routing import Routing, best_members
-from attnplan.kernels.near.smyrf import Smyrf
-from attnplan.kernels.near.sorted_blocks import SortedBlocks, gray_rank
+from attnplan.kernels.engines.cpu import prefill as cpu_prefill
+from attnplan.kernels.numerics import balance
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.segment_tokens import SegmentTokens
+from attnplan.kernels.selectors import smyrf, sorted_blocks
+from attnplan.kernels.selectors._segment_tokens import SegmentTokens
+from attnplan.kernels.selectors._static_pattern import causal
+from attnplan.kernels.selectors.routing import Routing, best_members
+from attnplan.kernels.selectors.smyrf import Smyrf
+from attnplan.kernels.selectors.sorted_blocks import SortedBlocks, gray_rank
 
 BY_SEGMENT = ["smyrf", "sorted_blocks", "routing"]
 
@@ -273,7 +274,7 @@ def test_hazards_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
     tiles, _ = approximation.tiles(inputs, all_blocks(inputs))
     counts = tiles.counts(700, 700)
     assert int(counts.max()) == 1 and int((counts * ~causal(inputs)).sum()) == 0
-    output = run(approximation, inputs, cpu.attend).float()
+    output = run(approximation, inputs, cpu_prefill.attend).float()
     assert bool(output.isfinite().all())
     assert float(output.abs().amax()) <= 1.01 * float(inputs.value.float().abs().amax())
 

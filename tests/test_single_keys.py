@@ -11,34 +11,38 @@ from hypothesis import strategies as st
 from tests.attention import all_blocks, dense, run, text
 from torch import Tensor
 
-from attnplan.kernels import catalog, left_out
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors import _left_out as left_out
+from attnplan.kernels.compressors._chunk_slots import ChunkCompressor
+from attnplan.kernels.compressors._feature_map import FeatureMap, Frame
+from attnplan.kernels.compressors.centroid_t import CentroidT
+from attnplan.kernels.compressors.multipole import Multipole
+from attnplan.kernels.compressors.performer import Performer
+from attnplan.kernels.compressors.sampled_columns import SampledColumns
+from attnplan.kernels.compressors.wildcat import Wildcat
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.contracts.compressor import Compressor
-from attnplan.kernels.engines import build, cpu, reference, triton
-from attnplan.kernels.far.centroid_t import CentroidT
-from attnplan.kernels.far.multipole import Multipole
-from attnplan.kernels.far.performer import Performer
-from attnplan.kernels.far.sampled_columns import SampledColumns
-from attnplan.kernels.far.wildcat import Wildcat
-from attnplan.kernels.feature_map import FeatureMap, Frame
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.near.heavy_hitters import HeavyHitters
-from attnplan.kernels.near.leverage import Leverage
-from attnplan.kernels.near.loki import Loki
-from attnplan.kernels.near.lsh import LSH
-from attnplan.kernels.near.moba import MoBA
-from attnplan.kernels.near.routing import Routing
-from attnplan.kernels.near.smyrf import Smyrf
-from attnplan.kernels.near.sorted_blocks import SortedBlocks
-from attnplan.kernels.near.two_stage import TwoStage
-from attnplan.kernels.near.window import Window
+from attnplan.kernels.engines.cpu import prefill as cpu_prefill
+from attnplan.kernels.engines.gpu import prefill as gpu_prefill
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer.layer_attention import LayerKernel
+from attnplan.kernels.native import build
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.pattern import causal
-from attnplan.kernels.single_keys import SingleKeys, row_floor
-from attnplan.kernels.slot_chunks import ChunkCompressor
-from attnplan.kernels.tile_list import BLOCK, SLOTS, TAKEN
-from attnplan.kernels.token_selection import distinct
+from attnplan.kernels.operands.tile_list import BLOCK, SLOTS, TAKEN
+from attnplan.kernels.selectors._single_keys import SingleKeys, row_floor
+from attnplan.kernels.selectors._static_pattern import causal
+from attnplan.kernels.selectors._top_tokens import distinct
+from attnplan.kernels.selectors.heavy_hitters import HeavyHitters
+from attnplan.kernels.selectors.leverage import Leverage
+from attnplan.kernels.selectors.loki import Loki
+from attnplan.kernels.selectors.lsh import LSH
+from attnplan.kernels.selectors.moba import MoBA
+from attnplan.kernels.selectors.routing import Routing
+from attnplan.kernels.selectors.smyrf import Smyrf
+from attnplan.kernels.selectors.sorted_blocks import SortedBlocks
+from attnplan.kernels.selectors.two_stage import TwoStage
+from attnplan.kernels.selectors.window import Window
 
 PICKERS: list[SingleKeys] = [
     Loki(4, 9, 16),
@@ -249,8 +253,8 @@ def test_engines_agree(far: ChunkCompressor, dtype: torch.dtype, compiled: bool)
     names = ("key", "log_weight", "weight", "value", "share")
     exact = dataclasses.replace(slots, **{n: getattr(slots, n).double() for n in names})
     call = {"scale": inputs.scale, "kv_head": inputs.kv_head, "tiles": tiles}
-    expected, expected_mass = reference.attend(**wide, **call, slots=exact)
-    attend = cpu.attend if compiled else cpu.attend_torch
+    expected, expected_mass = reference_prefill.attend(**wide, **call, slots=exact)
+    attend = cpu_prefill.attend if compiled else cpu_prefill.attend_torch
     found, mass = attend(narrow.query, narrow.key, narrow.value, **call, slots=slots)
     budget = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=budget)
@@ -272,10 +276,10 @@ def test_the_gpu_engine_subtracts_too(dtype: torch.dtype) -> None:
     floats = ("key", "log_weight", "weight", "value", "share")
     exact = dataclasses.replace(slots, **{n: getattr(slots, n).double() for n in floats})
     wide = {n: getattr(narrow, n).double() for n in names}
-    expected, expected_mass = reference.attend(**wide, **call, tiles=tiles, slots=exact)
+    expected, expected_mass = reference_prefill.attend(**wide, **call, tiles=tiles, slots=exact)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     moved = {f.name: getattr(slots, f.name).to(device) for f in dataclasses.fields(slots)}
-    found, mass = triton.attend(
+    found, mass = gpu_prefill.attend(
         *(getattr(narrow, n).to(device) for n in names),
         **call,
         tiles=tiles.to(device),
@@ -310,7 +314,7 @@ def test_heads_of_a_layer_are_as_alone() -> None:
         call = (inputs.query, inputs.key, inputs.value)
         output = kernel(*call, scale=inputs.scale, start=inputs.start)
         for head, approximation in enumerate(assignment):
-            alone = run(approximation, inputs.heads((head,)), cpu.attend)
+            alone = run(approximation, inputs.heads((head,)), cpu_prefill.attend)
             torch.testing.assert_close(output[:, head], alone[:, 0], rtol=0, atol=2e-5)
 
 

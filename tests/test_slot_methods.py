@@ -11,12 +11,13 @@ from scipy.optimize import nnls
 from tests.attention import all_blocks, error, moments, pair, run, text
 from torch import Tensor
 
-from attnplan.kernels import catalog, query_draws
-from attnplan.kernels.engines import reference
-from attnplan.kernels.far.attention_matching import match_mass
-from attnplan.kernels.far.linformer import Linformer, project
-from attnplan.kernels.far.skyformer import newton_schulz
-from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels import catalog
+from attnplan.kernels.compressors.attention_matching import match_mass
+from attnplan.kernels.compressors.linformer import Linformer, project
+from attnplan.kernels.compressors.skyformer import newton_schulz
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer.layer_attention import LayerKernel
+from attnplan.kernels.numerics import query_draws
 from attnplan.kernels.numerics.gaussian import gaussian
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
@@ -279,7 +280,7 @@ def test_masses_that_are_matched_are_right_on_average(name: str) -> None:
             tiles, slots = approximation.tiles(inputs, blocks)
             options = {"scale": inputs.scale, "kv_head": inputs.kv_head}
             rows = (inputs.rows(blocks), inputs.key, inputs.value)
-            found.append(reference.attend(*rows, **options, tiles=tiles, slots=slots)[1])  # type: ignore[arg-type]
+            found.append(reference_prefill.attend(*rows, **options, tiles=tiles, slots=slots)[1])  # type: ignore[arg-type]
         assert bool(found[0].isfinite().all())
         return float((found[0] - found[1]).mean())
 

@@ -25,10 +25,10 @@ from attnplan.costs.estimate import (
 from attnplan.costs.gpus import GPUS, makespan, tiles_of
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.near.block_topk import BlockTopK
-from attnplan.kernels.near.loki import Loki
-from attnplan.kernels.near.window import Window
 from attnplan.kernels.operands.shape import AttentionShape
+from attnplan.kernels.selectors.block_topk import BlockTopK
+from attnplan.kernels.selectors.loki import Loki
+from attnplan.kernels.selectors.window import Window
 from attnplan.plan.plan import Plan
 
 H200 = GPUS["h200"]

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnplan.kernels import tile_list, token_selection
+from attnplan.kernels.operands import tile_list
 from attnplan.kernels.operands.token_tiles import pack_tokens
+from attnplan.kernels.selectors import _top_tokens as top_tokens
 
-SELECTORS = [token_selection.top_tokens, token_selection.top_tokens_torch]
+SELECTORS = [top_tokens.top_tokens, top_tokens.top_tokens_torch]
 
 
 def brute_force(
@@ -79,9 +80,9 @@ def test_wrong_inputs_are_named() -> None:
     query, key = torch.randn(1, 2, 8, 4), torch.randn(1, 1, 8, 4)
     bound = torch.zeros(1, 8)
     with pytest.raises(ValueError, match="top must be at least 1 key, got 0"):
-        token_selection.top_tokens(query, key, kv_head=(0, 0), low=bound, high=bound, top=0)
+        top_tokens.top_tokens(query, key, kv_head=(0, 0), low=bound, high=bound, top=0)
     with pytest.raises(ValueError, match=r"low and high are \[1, 8\] or \[1, 2, 8\], got \[1, 7\]"):
-        token_selection.top_tokens(query, key, kv_head=(0, 0), low=bound[:, :7], high=bound, top=3)
+        top_tokens.top_tokens(query, key, kv_head=(0, 0), low=bound[:, :7], high=bound, top=3)
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnplan.kernels.engines import reference, triton
+from attnplan.kernels.engines.gpu import prefill as gpu_prefill
+from attnplan.kernels.engines.reference import prefill as reference_prefill
 from attnplan.kernels.operands.slots import Slots
-from attnplan.kernels.tile_list import (
+from attnplan.kernels.operands.tile_list import (
     BLOCK,
     CONTIGUOUS,
     FULL,
@@ -183,10 +184,12 @@ def assert_matches_reference(
 ) -> None:
     tensors = inputs(case, dtype)
     common = {"scale": case.head_dim**-0.5, "kv_head": case.kv_head, "tiles": tiles, "slots": slots}
-    output, log_mass = triton.attend(*tensors, **common)
+    output, log_mass = gpu_prefill.attend(*tensors, **common)
     assert output.dtype == dtype and log_mass.dtype == torch.float32
-    low_output, low_log_mass = reference.attend(*tensors, **common)
-    exact_output, exact_log_mass = reference.attend(*(x.double() for x in tensors), **common)
+    low_output, low_log_mass = reference_prefill.attend(*tensors, **common)
+    exact_output, exact_log_mass = reference_prefill.attend(
+        *(x.double() for x in tensors), **common
+    )
     assert_as_accurate(output, low_output, exact_output)
     assert_as_accurate(log_mass, low_log_mass, exact_log_mass)
 
@@ -206,17 +209,17 @@ def test_tile_copies_and_loads_give_the_same(
 ) -> None:
     if copies and DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this device has no tile copies")
-    monkeypatch.setattr(triton, "_has_tile_copies", lambda _: copies)
+    monkeypatch.setattr(gpu_prefill, "_has_tile_copies", lambda _: copies)
     assert_matches_reference(case, dtype, mixed_list(case, 2), signed_slots(case, dtype))
 
 
 def test_tile_copies_need_rows_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_has_tile_copies", lambda _: True)
+    monkeypatch.setattr(gpu_prefill, "_has_tile_copies", lambda _: True)
     whole = torch.zeros(1, 2, 70, 64, dtype=torch.bfloat16)
-    assert triton.copies_tiles(DEVICE, whole)
-    assert not triton.copies_tiles(DEVICE, whole.float())
-    assert not triton.copies_tiles(DEVICE, whole, torch.zeros_like(whole)[..., 1:])
-    assert not triton.copies_tiles(DEVICE, torch.zeros(1, 2, 70, 60, dtype=torch.bfloat16))
+    assert gpu_prefill.copies_tiles(DEVICE, whole)
+    assert not gpu_prefill.copies_tiles(DEVICE, whole.float())
+    assert not gpu_prefill.copies_tiles(DEVICE, whole, torch.zeros_like(whole)[..., 1:])
+    assert not gpu_prefill.copies_tiles(DEVICE, torch.zeros(1, 2, 70, 60, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,7 +229,7 @@ def test_a_row_that_reads_nothing_is_zero(dtype: torch.dtype) -> None:
     masks[0, 1] = 1
     tiles = one_row((CONTIGUOUS, 0, 0), masks=masks)
     query, key, value = inputs(case, dtype)
-    output, log_mass = triton.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
+    output, log_mass = gpu_prefill.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
     assert torch.equal(output[0, 0, [0, 2]], torch.zeros_like(output[0, 0, [0, 2]]))
     assert torch.equal(output[0, 0, 1], value[0, 0, 0])
     assert (log_mass[0, 0] == float("-inf")).tolist() == [True, False, True]
@@ -235,7 +238,7 @@ def test_a_row_that_reads_nothing_is_zero(dtype: torch.dtype) -> None:
 def test_a_list_without_tiles_gives_zeros() -> None:
     query, key, value = inputs(Case(2, 2, 1, 70, 70, 16, 16), torch.float32)
     tiles = empty(2, 2, 2, DEVICE)
-    output, log_mass = triton.attend(query, key, value, scale=1.0, kv_head=(0, 0), tiles=tiles)
+    output, log_mass = gpu_prefill.attend(query, key, value, scale=1.0, kv_head=(0, 0), tiles=tiles)
     assert not output.any() and (log_mass == float("-inf")).all()
 
 
@@ -248,7 +251,7 @@ def test_every_bit_of_a_mask_word_names_its_column(kind: int, column: int) -> No
     keep[:, column] = True
     keys = torch.arange(BLOCK - 1, -1, -1, dtype=torch.int32)
     tiles = one_row((kind, 0, 0), gather=keys[None], masks=pack_bits(keep)[None])
-    output, _ = triton.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
+    output, _ = gpu_prefill.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=tiles)
     read = column if kind == CONTIGUOUS else BLOCK - 1 - column
     # a GPU divides by a mass of 1 with an error in the last place
     torch.testing.assert_close(output[0, 0], value[0, 0, read].expand(BLOCK, 16), atol=0, rtol=1e-6)
@@ -276,7 +279,7 @@ def test_a_contiguous_tile_ends_with_the_text() -> None:
         torch.zeros(0, BLOCK, dtype=torch.int32),
         torch.zeros(0, BLOCK, dtype=torch.int64),
     ).to(DEVICE)
-    output, _ = triton.attend(query, key, value, scale=0.25, kv_head=(0,), tiles=tiles)
+    output, _ = gpu_prefill.attend(query, key, value, scale=0.25, kv_head=(0,), tiles=tiles)
     expected = torch.softmax(query @ key.mT * 0.25, dim=-1) @ value
     torch.testing.assert_close(output, expected)
 
@@ -292,10 +295,10 @@ def test_an_empty_slot_adds_nothing() -> None:
     both = one_row((CONTIGUOUS, 0, FULL), (SLOTS, 0, FULL), masks=masks)
     far = one_row((SLOTS, 0, FULL), masks=masks)
     common = {"scale": 0.25, "kv_head": (0,)}
-    expected = triton.attend(query, key, value, tiles=near, **common)
-    actual = triton.attend(query, key, value, tiles=both, slots=slots, **common)
+    expected = gpu_prefill.attend(query, key, value, tiles=near, **common)
+    actual = gpu_prefill.attend(query, key, value, tiles=both, slots=slots, **common)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
-    output, log_mass = triton.attend(query, key, value, tiles=far, slots=slots, **common)
+    output, log_mass = gpu_prefill.attend(query, key, value, tiles=far, slots=slots, **common)
     assert not output.any() and (log_mass == float("-inf")).all()
 
 
@@ -306,9 +309,9 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
         (CONTIGUOUS, 0, FULL), (CONTIGUOUS, 1, FULL), masks=torch.zeros(0, BLOCK, dtype=torch.int64)
     )
     common = {"scale": 100.0, "kv_head": (0,), "tiles": tiles}
-    output, log_mass = triton.attend(query, key, value, **common)
-    exact = reference.attend(query.double(), key.double(), value.double(), **common)
-    low = reference.attend(query, key, value, **common)
+    output, log_mass = gpu_prefill.attend(query, key, value, **common)
+    exact = reference_prefill.attend(query.double(), key.double(), value.double(), **common)
+    low = reference_prefill.attend(query, key, value, **common)
     assert_as_accurate(output, low[0], exact[0])
     assert_as_accurate(log_mass, low[1], exact[1])
 
@@ -318,17 +321,17 @@ def test_strided_tensors_are_read_in_place() -> None:
     tiles = mixed_list(case, 0)
     tensors = inputs(case, torch.float32)
     common = {"scale": 0.25, "kv_head": case.kv_head, "tiles": tiles}
-    expected = triton.attend(*tensors, **common)
+    expected = gpu_prefill.attend(*tensors, **common)
     as_in_models = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     columns_first = [x.mT.contiguous().mT for x in tensors]
     for strided in (as_in_models, columns_first):
-        actual = triton.attend(*strided, **common)
+        actual = gpu_prefill.attend(*strided, **common)
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
 def test_output_is_laid_out_as_models_want_it() -> None:
     case = Case(1, 2, 1, 70, 70, 16, 16)
-    output, _ = triton.attend(
+    output, _ = gpu_prefill.attend(
         *inputs(case, torch.float32), scale=1.0, kv_head=case.kv_head, tiles=mixed_list(case, 0)
     )
     assert output.transpose(1, 2).is_contiguous()
@@ -337,7 +340,7 @@ def test_output_is_laid_out_as_models_want_it() -> None:
 def test_rows_start_longest_first_and_only_whole_blocks_go_without_a_mask() -> None:
     case = Case(1, 2, 1, 200, 200, 16, 16)
     tiles = mixed_list(case, 0)
-    schedule = triton.schedule_of(tiles, case.keys, case.kv_head)
+    schedule = gpu_prefill.schedule_of(tiles, case.keys, case.kv_head)
     lengths = (schedule.work[:, 6] - schedule.work[:, 1]).tolist()
     assert lengths == sorted(lengths, reverse=True)
     assert sorted(schedule.work[:, 0].tolist()) == list(range(tiles.rows))
@@ -349,9 +352,9 @@ def test_rows_start_longest_first_and_only_whole_blocks_go_without_a_mask() -> N
 def test_the_schedule_of_a_list_is_made_once_and_dies_with_it() -> None:
     case = Case(1, 2, 1, 70, 70, 16, 16)
     tiles = mixed_list(case, 0)
-    schedule = triton.schedule_of(tiles, case.keys, case.kv_head)
-    assert triton.schedule_of(tiles, case.keys, case.kv_head) is schedule
-    assert triton.schedule_of(tiles, case.keys, (0, 1)) is not schedule
+    schedule = gpu_prefill.schedule_of(tiles, case.keys, case.kv_head)
+    assert gpu_prefill.schedule_of(tiles, case.keys, case.kv_head) is schedule
+    assert gpu_prefill.schedule_of(tiles, case.keys, (0, 1)) is not schedule
     alive = weakref.ref(schedule)
     del tiles, schedule
     gc.collect()
@@ -363,13 +366,13 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
     tiles = empty(1, 1, 2, DEVICE)
     common = {"kv_head": (0,), "tiles": tiles}
     with pytest.raises(ValueError, match=r"got torch\.float64"):
-        triton.attend(query.double(), key.double(), value.double(), scale=1.0, **common)
+        gpu_prefill.attend(query.double(), key.double(), value.double(), scale=1.0, **common)
     with pytest.raises(ValueError, match="share a dtype"):
-        triton.attend(query, key.half(), value, scale=1.0, **common)
+        gpu_prefill.attend(query, key.half(), value, scale=1.0, **common)
     with pytest.raises(ValueError, match=r"list is on meta.* move it with TileList\.to"):
         meta = tiles.to(torch.device("meta"))
-        triton.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=meta)
+        gpu_prefill.attend(query, key, value, scale=1.0, kv_head=(0,), tiles=meta)
     with pytest.raises(ValueError, match="scale must be more than 0, got -1"):
-        triton.attend(query, key, value, scale=-1.0, **common)
+        gpu_prefill.attend(query, key, value, scale=-1.0, **common)
     with pytest.raises(ValueError, match=r"\(1, 1, 2\), the query has \(1, 1, 1\)"):
-        triton.attend(query[:, :, :64], key, value, scale=1.0, **common)
+        gpu_prefill.attend(query[:, :, :64], key, value, scale=1.0, **common)

@@ -17,14 +17,14 @@ from functools import partial
 
 from torch import Tensor
 
-from attnplan.kernels import tile_list
 from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.contracts.selector import Selector
+from attnplan.kernels.operands import tile_list
 from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.partial_softmax import Part
 from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.operands.slots import Slots
-from attnplan.kernels.part import Part
-from attnplan.kernels.tile_list import BLOCK, TileList
+from attnplan.kernels.operands.tile_list import BLOCK, TileList
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from attnplan.kernels import tile_list
 from attnplan.kernels.contracts.knobs import SHORT
 from attnplan.kernels.contracts.selector import Selector
+from attnplan.kernels.operands import tile_list
 from attnplan.kernels.operands.inputs import Inputs, Moments
+from attnplan.kernels.operands.partial_softmax import Part
 from attnplan.kernels.operands.shape import AttentionShape, Cost
 from attnplan.kernels.operands.slots import Slots
+from attnplan.kernels.operands.tile_list import TileList
 from attnplan.kernels.operands.token_tiles import pack_tokens
-from attnplan.kernels.part import Part
-from attnplan.kernels.tile_list import TileList
 
 Kept = Callable[[Tensor], Tensor]
 """Of so many chunks before a floor, how many stay near."""

@@ -9,10 +9,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels import tile_list
+from attnplan.kernels.operands import tile_list
 from attnplan.kernels.operands.inputs import Inputs, Moments
 from attnplan.kernels.operands.shape import AttentionShape, Cost
-from attnplan.kernels.tile_list import TileList
+from attnplan.kernels.operands.tile_list import TileList
 
 
 class Selector(ABC):

@@ -84,9 +84,9 @@ def nearest(points: Tensor, weight: Tensor, centre: Tensor, steps: int) -> Tenso
 def _nearest_centres(points: Tensor, centre: Tensor) -> Tensor:
     """The nearest centre of every point, the first of equally near ones."""
     if points.is_cuda and points.dtype != torch.float64:
-        from attnplan.kernels.engines import index_triton
+        from attnplan.kernels.engines.gpu import nearest as gpu_nearest
 
-        return index_triton.nearest_centres(points, centre)
+        return gpu_nearest.nearest_centres(points, centre)
     # |x - c|^2 / 2 without |x|^2, which is the same for all centres
     distance = 0.5 * (centre * centre).sum(-1)[..., None, :] - points @ centre.mT
     return distance.argmin(-1)

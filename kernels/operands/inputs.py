@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from attnplan.kernels.indexing import first_numbers, heads_of
+from attnplan.kernels.operands.indexing import first_numbers, heads_of
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 
 POSITIONS = 128
 """Keys in a chunk for statistics that depend on the position in a chunk."""

@@ -10,9 +10,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from attnplan.kernels import tile_list
-from attnplan.kernels.engines import build
-from attnplan.kernels.tile_list import BLOCK, GATHER, TileList
+from attnplan.kernels.native import build
+from attnplan.kernels.operands import tile_list
+from attnplan.kernels.operands.tile_list import BLOCK, GATHER, TileList
 
 
 def pack_tokens(tokens: Tensor, keys: int) -> TileList:

@@ -28,7 +28,7 @@ from attnplan.costs.gpus import GPUS, Gpu
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 from attnplan.search.candidates import candidates, parse_methods
 
 _DENSE, _WINDOW, _BLOCKS = "dense()", "window(window=1024, sinks=4)", "block_topk(top=12, local=2)"

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from attnplan.costs.decode import measure_decoding, measure_host, spell
-from attnplan.kernels import catalog, keepers
-from attnplan.kernels.benchmark import Timing, measure_call, measure_layer
+from attnplan.kernels import cache_catalog, catalog
+from attnplan.kernels.bench.measure import Timing, measure_call, measure_layer
 from attnplan.kernels.contracts.approximation import Approximation
+from attnplan.kernels.contracts.cache_policy import Keeper
 from attnplan.kernels.contracts.compressor import Compressor
 from attnplan.kernels.contracts.selector import Selector
-from attnplan.kernels.engines import reference
-from attnplan.kernels.keeper import Keeper
-from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.engines.reference import prefill as reference_prefill
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.kernels.operands.inputs import Inputs, Moments
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.profiles.capture.capture import LayerCapture
@@ -428,7 +428,7 @@ def defined(kernel: LayerKernel, inputs: Inputs, dtype: torch.dtype) -> Tensor:
         gather=tiles.gather.cpu(),
         masks=tiles.masks.cpu(),
     )
-    output, log_mass = reference.attend(
+    output, log_mass = reference_prefill.attend(
         *tensors, scale=inputs.scale, kv_head=inputs.kv_head, tiles=tiles, slots=slots
     )
     part = kernel.part(chooses, blocks)
@@ -437,7 +437,11 @@ def defined(kernel: LayerKernel, inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 def unfitted_keepers(context: int, head_dim: int) -> list[Keeper]:
     """Keepers worth trying that need no fitted data."""
-    return [k for k in keepers.choices(context) if not keepers.fitted_names(head_dim, type(k))]
+    return [
+        k
+        for k in cache_catalog.choices(context)
+        if not cache_catalog.fitted_names(head_dim, type(k))
+    ]
 
 
 def decode_row(row: Row, inputs: Inputs, keeper: Keeper, steps: int) -> Row:

@@ -37,11 +37,11 @@ from attnplan.bench.rows import (
     unfitted_keepers,
 )
 from attnplan.costs.prefill import this_device
-from attnplan.kernels import catalog, keepers
-from attnplan.kernels.benchmark import WrongKernel
+from attnplan.kernels import cache_catalog, catalog
+from attnplan.kernels.bench.measure import WrongKernel
+from attnplan.kernels.cache_catalog import key as keeper_key
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.digest import decode_digest, layer_digest
-from attnplan.kernels.keepers import key as keeper_key
 from attnplan.kernels.operands.inputs import Inputs
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.profiles.store.output_files import check_output
@@ -452,7 +452,7 @@ def conditions_of(asked: Sweep, inputs: str) -> dict[str, Any]:
         "threads": here.threads,
         **here.versions,
         "engine": layer_digest(here.kind, {*catalog.NEAR.values(), *catalog.FAR.values()}),
-        "decode_engine": decode_digest(here.kind, keepers.KEEPERS.values()),
+        "decode_engine": decode_digest(here.kind, cache_catalog.KEEPERS.values()),
         "inputs": inputs,
     }
 

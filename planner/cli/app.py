@@ -724,11 +724,11 @@ def _bench(loaded: Any, work: Any, store: Any, repeats: int, methods: str | None
 def _bench_decode(loaded: Any, work: Any, store: Any, repeats: int) -> None:
     from attnplan.costs.decode import STEPS, time_keepers
     from attnplan.costs.prefill import this_device
-    from attnplan.kernels import keepers
+    from attnplan.kernels import cache_catalog
     from attnplan.profiling.profiling import captures, fitted_tensors, profile
     from attnplan.report.explain import DECODE_HEADERS, decode_rows
 
-    rows = [(k,) * loaded.identity.kv_heads for k in keepers.choices(work.context)]
+    rows = [(k,) * loaded.identity.kv_heads for k in cache_catalog.choices(work.context)]
     with captures(loaded, work, CAPTURES) as files, Stages() as progress:
         progress.stage("Profiling", 2)
         run = profile(loaded, work, store, files, progress.advance)

@@ -25,10 +25,10 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnplan.costs.prefill import counted, this_device
-from attnplan.kernels import keepers
-from attnplan.kernels.benchmark import quantile, timed
+from attnplan.kernels import cache_catalog
+from attnplan.kernels.bench.measure import quantile, timed
+from attnplan.kernels.contracts.cache_policy import Keeper
 from attnplan.kernels.digest import decode_digest
-from attnplan.kernels.keeper import Keeper
 from attnplan.kernels.operands.inputs import Fitted
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.capture.capture import LayerCapture, capture
@@ -80,7 +80,7 @@ class DecodeTiming:
 
 def spell(row: Sequence[Keeper]) -> str:
     """The kv heads of a layer, whatever their order: '2 x recent(...) | 1 x full()'."""
-    return counted(keepers.key(keeper) for keeper in row)
+    return counted(cache_catalog.key(keeper) for keeper in row)
 
 
 def some_layers(captured: Sequence[LayerCapture]) -> list[LayerCapture]:
@@ -246,7 +246,7 @@ def _key(
     device = this_device(loaded.model.device)
     conditions = {
         "device": device.digest,
-        "engine": decode_digest(device.kind, keepers.KEEPERS.values()),
+        "engine": decode_digest(device.kind, cache_catalog.KEEPERS.values()),
         "context": work.context,
         "dtype": str(loaded.model.dtype),
         **more,
@@ -286,7 +286,7 @@ def decode_costs(
         counts,
         ms,
         rest_ms=max(token_ms - loaded.identity.layers * dense_ms, 0.0),
-        names=[keepers.key(keeper) for keeper in candidates],
+        names=[cache_catalog.key(keeper) for keeper in candidates],
         dynamic=[number > 0 for number in range(len(candidates))],
         holdout=np.array([len(set(row)) > 1 for row in rows]),
     )

@@ -35,13 +35,13 @@ from attnplan.costs.gpus import (
     tiles_of,
 )
 from attnplan.costs.prefill import DeviceCosts, fit_costs, rows_to_time, spell
-from attnplan.kernels.cluster_chunks import ClusterCompressor
+from attnplan.kernels.compressors._clustered_chunks import ClusterCompressor
+from attnplan.kernels.compressors._feature_map import FeatureMap
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.contracts.compressor import Compressor
-from attnplan.kernels.feature_map import FeatureMap
-from attnplan.kernels.layer import can_prepare
+from attnplan.kernels.layer.layer_attention import can_prepare
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.records.records import KernelTiming
 from attnplan.search.latency import LatencyFit

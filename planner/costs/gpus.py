@@ -19,7 +19,7 @@ from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.operands.inputs import Inputs, Moments
 from attnplan.kernels.operands.shape import AttentionShape
-from attnplan.kernels.tile_list import BLOCK, CONTIGUOUS, FULL, SLOTS
+from attnplan.kernels.operands.tile_list import BLOCK, CONTIGUOUS, FULL, SLOTS
 from attnplan.profiles.records.records import DeviceIdentity
 
 Floats = NDArray[np.float64]

@@ -18,7 +18,7 @@ import torch
 
 from attnplan.costs.gpus import TileWork, named, tile_work
 from attnplan.kernels import catalog
-from attnplan.kernels.benchmark import Timing, device_name, measure_layer
+from attnplan.kernels.bench.measure import Timing, device_name, measure_layer
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.digest import layer_digest
 from attnplan.kernels.operands.inputs import Inputs

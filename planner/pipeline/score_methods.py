@@ -12,7 +12,7 @@ from torch import Tensor
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.operands.inputs import Fitted, Inputs
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 from attnplan.models.load import LoadedModel
 from attnplan.profiles.capture.capture import LayerCapture
 from attnplan.profiles.capture.capture_files import CaptureFiles

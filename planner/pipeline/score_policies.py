@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attnplan.kernels import keepers
-from attnplan.kernels.keeper import SLACK, Keeper
-from attnplan.kernels.layer_store import LayerStore
+from attnplan.kernels import cache_catalog
+from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
+from attnplan.kernels.kv_cache.layer_cache import LayerStore
 from attnplan.kernels.operands.inputs import Fitted
 from attnplan.profiles.capture.capture import LayerCapture
 from attnplan.quality.continuation import continued
@@ -45,7 +45,7 @@ def score_layer(
     gradient, exact = (t[:, :, first:].float() for t in (layer.gradient, layer.output))
     found = np.zeros((kv_heads, len(candidates)))
     for number, keeper in enumerate(candidates):
-        if keeper == keepers.FULL:
+        if keeper == cache_catalog.FULL:
             continue
         store = LayerStore((keeper,) * kv_heads, scale=layer.scale, fitted=fitted)
         store.append(layer.key[:, :, :first], layer.value[:, :, :first])
@@ -74,8 +74,8 @@ def candidates_for(
         shares: from keepers to their shares.
         timed: decoding is limited, so that reading less is worth something by itself.
     """
-    found = [k for k in keepers.choices(context) if timed or not k.reads]
-    for cls in keepers.KEEPERS.values() if limit < 1 else ():
+    found = [k for k in cache_catalog.choices(context) if timed or not k.reads]
+    for cls in cache_catalog.KEEPERS.values() if limit < 1 else ():
         sized = (cls.of(rows) for rows in range(int(limit * context), 0, -1))
         fits = (k for k in sized if k is not None and shares(k) <= limit)
         largest = next(fits, None)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.costs.decode import MIXTURES, decode_costs, dense_token_ms
-from attnplan.kernels import catalog, keepers
-from attnplan.kernels.keeper import SLACK, Keeper
-from attnplan.kernels.layer_store import capacity, row_bytes
+from attnplan.kernels import cache_catalog, catalog
+from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
+from attnplan.kernels.kv_cache.layer_cache import capacity, row_bytes
 from attnplan.models.load import LoadedModel
 from attnplan.pipeline.score_policies import candidates_for, score_layer
 from attnplan.pipeline.search_prefill import Progress, Quiet
@@ -132,7 +132,7 @@ class _Memory:
         """Bytes of each candidate over those of the dense cache, at the context."""
         context, identity = self.work.context, self.loaded.identity
         size = self.loaded.model.dtype.itemsize
-        dense = context * row_bytes(keepers.FULL, identity.head_dim, identity.head_dim, size)
+        dense = context * row_bytes(cache_catalog.FULL, identity.head_dim, identity.head_dim, size)
         # recent queries wait until their attention is looked at; every kv head pays for its own
         waiting = SLACK * identity.heads // identity.kv_heads * identity.head_dim * size
         found = [
@@ -162,7 +162,7 @@ class _Memory:
 
     def scores(self) -> NDArray[np.float64]:
         """KL per continuation token, [texts, layers, kv_heads, candidates]; kept in the store."""
-        names = [keepers.key(k) for k in self.candidates]
+        names = [cache_catalog.key(k) for k in self.candidates]
         found = []
         for text in range(self.work.texts):
             self.progress.advance(f"text {text + 1} of {self.work.texts}")
@@ -184,7 +184,7 @@ class _Memory:
 
         None where texts are too short to ask about; kept in the store.
         """
-        names = [keepers.key(k) for k in self.candidates]
+        names = [cache_catalog.key(k) for k in self.candidates]
         key = self.key("keeper recall scores", names, data=self.work.tokens.digest)
         values = self.store.load_measurement(key)
         if values is None:
@@ -274,7 +274,7 @@ class _Memory:
     def kl(self, continuation: Continuation, assignment: Assignment, text: int) -> float:
         """Measured on one text of the workload; kept in the store."""
         kept = self.kept(assignment)
-        subject = [[keepers.key(k) for k in row] for row in kept]
+        subject = [[cache_catalog.key(k) for k in row] for row in kept]
         key = self.key("continuation kl", subject, text=text, data=self.work.tokens.digest)
         values = self.store.load_measurement(key)
         if values is None:
@@ -291,7 +291,7 @@ class _Memory:
         shares = self.shares
         zero = np.zeros(len(shares))
         return Problem(
-            names=("dense", *(keepers.key(k) for k in self.candidates[1:])),
+            names=("dense", *(cache_catalog.key(k) for k in self.candidates[1:])),
             families=tuple(k.family for k in self.candidates),
             windows=tuple(min(k.recent, self.work.context) for k in self.candidates),
             fisher=np.maximum(scores, 0.0),
@@ -393,7 +393,7 @@ def remember(
     uniform = [
         _measured(
             search,
-            f"uniform {keepers.key(search.candidates[int(a[0, 0])])}",
+            f"uniform {cache_catalog.key(search.candidates[int(a[0, 0])])}",
             a,
             problem,
             reference,

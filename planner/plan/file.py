@@ -12,9 +12,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from attnplan.kernels import catalog, keepers
+from attnplan.kernels import cache_catalog, catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.contracts.cache_policy import Keeper
 from attnplan.plan.identity import ModelIdentity
 from attnplan.plan.located_yaml import (
     Entry,
@@ -54,7 +54,7 @@ def spell(plan: Plan, data_file: str) -> str:
     data["methods"] = {n: readable(catalog.to_dict(a)) for n, a in plan.methods.items()}
     data["methods"] = {n: Flow(d) for n, d in data["methods"].items()}
     kept = _keeper_names(plan)
-    data["methods"] |= {n: Flow(readable(keepers.to_dict(k))) for n, k in kept.items()}
+    data["methods"] |= {n: Flow(readable(cache_catalog.to_dict(k))) for n, k in kept.items()}
     names: dict[Approximation | Keeper, str] = {k: n for n, k in kept.items()}
     for name, approximation in plan.methods.items():
         names.setdefault(approximation, name)
@@ -196,7 +196,7 @@ def _parse_method(entry: Entry, name: Any, model: ModelIdentity) -> Approximatio
     try:
         spelled = entry.plain()
         if isinstance(spelled, dict) and "keep" in spelled:
-            return keepers.from_dict(spelled)
+            return cache_catalog.from_dict(spelled)
         approximation = catalog.from_dict(spelled)
     except ValueError as error:
         raise entry.error(str(error)) from None

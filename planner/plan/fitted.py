@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from attnplan.kernels import catalog, keepers
+from attnplan.kernels import cache_catalog, catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.fitted import Sizes, layout
+from attnplan.kernels.contracts.fitted import Sizes, layout
 from attnplan.plan.identity import ModelIdentity
 from attnplan.plan.located_yaml import PlanError
 
@@ -45,7 +45,7 @@ def _needs(plan: Plan) -> Iterator[tuple[str, int, str, Mapping[str, Sizes]]]:
             for approximation in dict.fromkeys(row):
                 yield f"phases.prefill[{i}]", layer, *of_approximation[approximation]
     of_keeper = {
-        keeper: (keepers.key(keeper), layout(type(keeper), plan.model.head_dim))
+        keeper: (cache_catalog.key(keeper), layout(type(keeper), plan.model.head_dim))
         for keeper in dict.fromkeys(keeper for row in plan.keepers for keeper in row)
     }
     for layer, kept in enumerate(plan.keepers):

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from attnplan.kernels import catalog
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.contracts.cache_policy import Keeper
 from attnplan.plan import file as plan_file
 from attnplan.plan import output as plan_output
 from attnplan.plan.fitted import check_fitted

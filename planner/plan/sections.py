@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keeper import Keeper
+from attnplan.kernels.contracts.cache_policy import Keeper
 from attnplan.plan.identity import ModelIdentity
 from attnplan.plan.located_yaml import PlanError
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnplan.kernels import catalog, keepers
+from attnplan.kernels import cache_catalog, catalog
 from attnplan.models.load import LoadedModel, check_context
 from attnplan.profiles.capture.capture import SequenceCapture, capture
 from attnplan.profiles.capture.capture_files import CaptureFiles
@@ -172,7 +172,7 @@ def profile(
     run = store.open_run(run_key(loaded, work))
     if run.complete:
         known = store.load_fitted(run.id)
-        wanted = catalog.fitted_names(loaded.identity.head_dim) | keepers.fitted_names(
+        wanted = catalog.fitted_names(loaded.identity.head_dim) | cache_catalog.fitted_names(
             loaded.identity.head_dim
         )
         if any(wanted - known.get(layer, {}).keys() for layer in range(loaded.identity.layers)):
@@ -199,7 +199,7 @@ def _fitted(layers: list[LayerStatistics]) -> dict[int, dict[str, np.ndarray]]:
     fitted = {}
     for layer in layers:
         seen = moments(layer)
-        tensors = catalog.fit(seen) | keepers.fit(seen)
+        tensors = catalog.fit(seen) | cache_catalog.fit(seen)
         fitted[layer.layer] = {name: tensor.numpy() for name, tensor in tensors.items()}
     return fitted
 

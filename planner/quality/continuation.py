@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from attnplan.kernels.benchmark import timed
-from attnplan.kernels.keeper import SLACK
+from attnplan.kernels.bench.measure import timed
+from attnplan.kernels.contracts.cache_policy import SLACK
 from attnplan.profiles.capture.capture import logits_of
 from attnplan.profiles.capture.output_head import Body, run_body
 from attnplan.quality.prefill import CHUNK, Applied, Reference, original

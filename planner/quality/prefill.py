@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplan.kernels.benchmark import Timing, interleaved, median_ms
+from attnplan.kernels.bench.measure import Timing, interleaved, median_ms
 from attnplan.profiles.capture.capture import logits_of
 from attnplan.profiles.capture.output_head import (
     Body,

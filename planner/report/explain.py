@@ -152,13 +152,13 @@ def decode_rows(timings: Sequence[DecodeTiming]) -> list[list[str]]:
 
 def machine_rows() -> list[list[str]]:
     """What this machine can run."""
-    from attnplan.kernels.engines import cpu
+    from attnplan.kernels.engines.cpu import prefill as cpu_prefill
 
     rows = [["python", platform.python_version()]]
     for name in ("attnplan", "torch", "triton", "transformers", "optuna", "sqlalchemy"):
         rows.append([name, _version(name)])
     rows.append(["cpu threads", str(torch.get_num_threads())])
-    rows.append(["cpu engine", cpu.describe()])
+    rows.append(["cpu engine", cpu_prefill.describe()])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

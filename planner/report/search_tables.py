@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from attnplan.costs.prefill import this_device
-from attnplan.kernels import keepers
+from attnplan.kernels import cache_catalog
 from attnplan.kernels.digest import decode_digest
 from attnplan.models.load import LoadedModel
 from attnplan.pipeline.search_cache import Memory, Remembered
@@ -233,7 +233,9 @@ def with_memory(
     model = loaded.model
     kinds = {type(keeper) for row in memory.best.kept for keeper in row}
     needed = {
-        name for kind in kinds for name in keepers.fitted_names(loaded.identity.head_dim, kind)
+        name
+        for kind in kinds
+        for name in cache_catalog.fitted_names(loaded.identity.head_dim, kind)
     }
     fitted = {
         layer: {name: tensor for name, tensor in found.items() if name in needed}

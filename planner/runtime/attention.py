@@ -28,11 +28,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from attnplan.kernels import visible
-from attnplan.kernels.keeper import Keeper
-from attnplan.kernels.layer import LayerKernel
-from attnplan.kernels.ragged_store import Context, Standing
-from attnplan.kernels.visible import Visible
+from attnplan.kernels.contracts.cache_policy import Keeper
+from attnplan.kernels.kv_cache import visible
+from attnplan.kernels.kv_cache.ragged_cache import Context, Standing
+from attnplan.kernels.kv_cache.visible import Visible
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.plan.plan import Assignment, Fitted, Plan, PlanError
 from attnplan.profiles.capture.capture import UNPLANNABLE
 from attnplan.runtime.cache import PlanLayer

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attnplan.kernels.keeper import Keeper, is_whole
+from attnplan.kernels.contracts.cache_policy import Keeper, is_whole
+from attnplan.kernels.kv_cache.ragged_cache import Context, RaggedStore
+from attnplan.kernels.kv_cache.visible import Visible
 from attnplan.kernels.operands.inputs import Fitted
-from attnplan.kernels.ragged_store import Context, RaggedStore
-from attnplan.kernels.visible import Visible
 from attnplan.runtime.running import RUNNING
 
 Kept = tuple[tuple[Keeper, ...], Fitted]

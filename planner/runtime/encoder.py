@@ -3,7 +3,7 @@
     from functools import partial
 
     from attnplan import patch_encoder, unpatch_encoder
-    from attnplan.kernels.originals.nystromformer import nystromformer_attention
+    from attnplan.kernels.encoders.nystromformer import nystromformer_attention
 
     patch_encoder(model, partial(nystromformer_attention, landmarks=64))
 

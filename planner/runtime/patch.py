@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attnplan.kernels.contracts.approximation import Approximation
-from attnplan.kernels.keeper import Keeper, is_whole
+from attnplan.kernels.contracts.cache_policy import Keeper, is_whole
 from attnplan.models.adapters import is_adapted, model_inside
 from attnplan.models.attention_sites import attention_sites
 from attnplan.models.load import identity, load_weights

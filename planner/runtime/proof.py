@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attnplan.kernels.keep.full import Full
-from attnplan.kernels.keep.recent import Recent
-from attnplan.kernels.keeper import Keeper, is_whole
-from attnplan.kernels.layer import LayerKernel
+from attnplan.kernels.cache_policies.full import Full
+from attnplan.kernels.cache_policies.recent import Recent
+from attnplan.kernels.contracts.cache_policy import Keeper, is_whole
+from attnplan.kernels.layer.layer_attention import LayerKernel
 from attnplan.models.attention_sites import AttentionSite
 from attnplan.plan.plan import PlanError
 from attnplan.runtime.cache import PlanLayer

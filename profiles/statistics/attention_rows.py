@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 
 CHUNK = 1 << 20
 """Numbers in a chunk of rows, at least 64 rows of one head."""

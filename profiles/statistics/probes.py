@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplan.kernels.tile_list import BLOCK
+from attnplan.kernels.operands.tile_list import BLOCK
 from attnplan.profiles.statistics.attention_rows import CHUNK, attend, log_rows
 
 SINKS = 4
