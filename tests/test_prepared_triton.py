@@ -225,6 +225,12 @@ def test_which_layers_can_be_prepared() -> None:
     assert not can_prepare((*MIXED, chosen_pairs()[0]))  # it chooses which slots are read
 
 
+def test_a_selector_that_chooses_how_much_it_reads_is_refused() -> None:
+    loki = catalog.from_dict({"near": {"name": "loki", "top": 8, "rank": 8}})
+    with pytest.raises(ValueError, match="loki does not say how many tiles it reads beforehand"):
+        prepared.PreparedLayer([loki], call(1, 1, 128, 128, (0,)))
+
+
 @pytest.mark.parametrize("name", FAR)
 def test_far_fields_are_prepared_for(name: str) -> None:
     near, wide = Approximation(Window(40)), Approximation(Window(100, 70), FAR[name].far)

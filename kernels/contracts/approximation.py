@@ -91,6 +91,13 @@ class Approximation:
     def static(self) -> bool:
         return self.near.static and self.far is None
 
+    @property
+    def counts_tiles(self) -> bool:
+        """How many tiles a query block reads is known beforehand, if not which."""
+        if self.far is None:
+            return self.near.counts_tiles
+        return self.near.static and not self.far.opens
+
     def cost(self, shape: AttentionShape) -> Cost:
         """Multiply-adds of one head of one sequence."""
         if self.far is None:

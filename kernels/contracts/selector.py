@@ -99,6 +99,15 @@ class Selector(ABC):
         return torch.zeros_like(chunks)
 
     @property
+    def counts_tiles(self) -> bool:
+        """How many tiles a query block reads is known beforehand, if not which.
+
+        A layer of such heads is prepared once for a shape, and then chooses and attends without
+        waiting for the device.
+        """
+        return self.static
+
+    @property
     def recent(self) -> int:
         """Keys up to a query block's first query that stay near in any case."""
         return getattr(self, "window", 0)

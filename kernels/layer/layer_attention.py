@@ -27,8 +27,6 @@ from attnplan.kernels.operands.inputs import Fitted, Inputs
 from attnplan.kernels.operands.partial_softmax import Part
 from attnplan.kernels.operands.slots import Slots
 from attnplan.kernels.operands.tile_list import BLOCK, TileList
-from attnplan.kernels.selectors._scored_blocks import ScoredBlocks
-from attnplan.kernels.selectors._static_pattern import StaticPattern
 
 if TYPE_CHECKING:
     from attnplan.kernels.layer.prepared import PreparedLayer
@@ -307,11 +305,7 @@ def _longer(inputs: Inputs, blocks: int) -> Inputs:
 
 def can_prepare(assignment: Sequence[Approximation]) -> bool:
     """Whether all heads read as many tiles as is known beforehand; see `PreparedLayer`."""
-    return all(
-        (isinstance(a.near, StaticPattern) and not (a.far is not None and a.far.opens))
-        or (a.far is None and isinstance(a.near, ScoredBlocks) and a.near.whole_blocks)
-        for a in assignment
-    )
+    return all(approximation.counts_tiles for approximation in assignment)
 
 
 _Fields = dict[int, tuple[NearField, int]]

@@ -85,6 +85,9 @@ class PreparedLayer:
     Args:
         assignment: one approximation per head; see `layer_attention.can_prepare`.
         inputs: a call of this shape; its numbers do not matter.
+
+    Raises:
+        ValueError: a head's selector is neither a pattern nor one that scores blocks.
     """
 
     def __init__(self, assignment: Sequence[Approximation], inputs: Inputs) -> None:
@@ -102,6 +105,8 @@ class PreparedLayer:
                 static.setdefault(near, []).append(head)
             elif isinstance(near, ScoredBlocks):
                 scored.setdefault(type(near), []).append(head)
+            else:
+                raise ValueError(f"{near.name} does not say how many tiles it reads beforehand")
         parts: list[tuple[Sequence[int], Rows]] = []
         for pattern, heads in static.items():
             tiles = pattern.one_head(queries, keys, inputs.start, all_blocks)

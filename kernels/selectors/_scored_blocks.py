@@ -403,6 +403,10 @@ class ScoredBlocks(Selector):
         return Cost(2.0 * shape.head_dim * near, selection)
 
     @property
+    def counts_tiles(self) -> bool:
+        return self.whole_blocks
+
+    @property
     def whole_blocks(self) -> bool:
         """Masks are those of the diagonal and of padding alone, the same for all settings."""
         return self.sink_keys == BLOCK
