@@ -60,7 +60,7 @@ IMPORTERS = {
     "optuna": {"search/study.py"},
     "triton": {"kernels/engines/gpu/*.py"},
     "yaml": {"planner/plan/located_yaml.py"},
-    "typer": {"planner/cli/app.py"},
+    "typer": {"planner/cli/*.py"},
     "rich": {"planner/cli/console.py"},
 }
 """A reader knows where to look, and a version break has one address."""
