@@ -244,6 +244,12 @@ def test_a_memory_budget_ends_with_a_cache_that_holds_less(run: Run, folder: Pat
     assert again["kl_per_token"] == pytest.approx(0, abs=1e-6)  # prefill is dense
     shown = run("show", "memory.yaml")
     assert "decoding keeps everything in" in shown.out
+    (stored,) = json.loads(run("query", "plans", "--db", url, "--format", "json").out)
+    assert stored["path"] == "memory.yaml" and stored["status"] == "complete"
+    assert stored["kv_bytes"] == told["kv_bytes"][0]
+    with sqlite3.connect(folder / "memory.db") as connection:
+        (text,) = connection.execute("select yaml from plans").fetchone()
+    assert text == (folder / "memory.yaml").read_text()
 
 
 def test_budgets_of_memory_and_decoding_make_one_plan(run: Run, folder: Path) -> None:
@@ -256,6 +262,8 @@ def test_budgets_of_memory_and_decoding_make_one_plan(run: Run, folder: Path) ->
     assert told["budget"]["max_decode"] == "100.0x"
     assert min(told["memory"]["decode_ms"]) > 0
     assert "max_decode: 100.0x" in (folder / "both.yaml").read_text()
+    (stored,) = json.loads(run("query", "plans", "--db", url, "--format", "json").out)
+    assert stored["path"] == "both.yaml" and stored["budget"]["max_decode"] == "100.0x"
     ignored = run(*arguments, "--max-memory", "0.8x", "--max-ppl-ratio", 1.01)
     assert ignored.code == 2 and "--max-ppl-ratio 1.01 is about the prefill" in ignored.err
     refused = run(*arguments, "--max-decode", "0.000001ms")

@@ -31,6 +31,7 @@ from attnplan.pipeline.search_prefill import (
     never_slower,
     plan,
 )
+from attnplan.pipeline.to_plan import figures, to_plan
 from attnplan.pipeline.verify import Measured, crossover, density, fast, misses, running, unjudged
 from attnplan.plan.plan import Plan
 from attnplan.profiles.store.database import Store
@@ -45,7 +46,7 @@ from attnplan.profiling.profiling import (
 )
 from attnplan.quality.prefill import Quality, Reference
 from attnplan.report.explain import timing_rows
-from attnplan.report.search_tables import HEADERS, comparison, figures, lines, to_plan
+from attnplan.report.search_tables import HEADERS, comparison, lines
 from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.candidates import candidates, parse_methods
 from attnplan.search.corrections import Corrections as SearchCorrections

@@ -76,6 +76,7 @@ def search(
     from attnplan.pipeline.search_cache import check_room
     from attnplan.pipeline.search_prefill import Request
     from attnplan.pipeline.search_prefill import plan as run_plan
+    from attnplan.pipeline.to_plan import figures, keep, to_plan
     from attnplan.plan.output import check_plan, data_file
     from attnplan.profiles.store.database import Store
     from attnplan.profiles.text.calibration import load_sequences
@@ -138,33 +139,13 @@ def search(
     with Store(db) as store, captures(loaded, work, CAPTURES) as files, Stages() as progress:
         outcome = run_plan(loaded, work, held_out, store, db, files, request, progress)
         if outcome.plan is not None:
-            _write(loaded, outcome, work, held_out, budget, store, out)
+            found = to_plan(loaded, outcome, work, held_out, budget)
+            numbers = figures(outcome.plan, timed=outcome.costs.is_here)
+            keep(store, outcome.search, found, out, numbers)
     _print_outcome(outcome, budget, out, as_json=json_)
     if outcome.plan is None:
         missed = "; ".join(outcome.attempts[-1].misses)
         leave(f"no plan within the budget held up to measurement; the last one missed: {missed}", 1)
-
-
-def _write(
-    loaded: Any, outcome: Any, work: Any, holdout: Any, budget: Any, store: Any, out: Path
-) -> None:
-    from attnplan.profiles.records import records
-    from attnplan.profiles.records.digest import digest
-    from attnplan.report.search_tables import figures, to_plan
-
-    plan = to_plan(loaded, outcome, work, holdout, budget)
-    plan.save(out)
-    text = out.read_text(encoding="utf-8")
-    store.save_plan(
-        records.PlanRecord(
-            search=outcome.search,
-            digest=digest(text),
-            path=str(out),
-            yaml=text,
-            feasible=True,
-            figures=figures(outcome.plan, timed=outcome.costs.is_here),
-        )
-    )
 
 
 def _search_memory(
@@ -187,18 +168,13 @@ def _search_memory(
     from attnplan.pipeline.search_cache import remember
     from attnplan.pipeline.search_prefill import Request
     from attnplan.pipeline.search_prefill import plan as run_plan
+    from attnplan.pipeline.to_plan import figures, keep, memory_figures, to_plan, with_memory
     from attnplan.profiles.store.database import Store
     from attnplan.profiling.profiling import captures
-    from attnplan.report.search_tables import (
-        MEMORY_HEADERS,
-        memory_figures,
-        memory_lines,
-        memory_notes,
-        to_plan,
-        with_memory,
-    )
+    from attnplan.report.search_tables import MEMORY_HEADERS, memory_lines, memory_notes
 
     prefill, missed = None, ""
+    numbers: dict[str, float] = {}
     with Store(db) as store, captures(loaded, work, CAPTURES) as files, Stages() as progress:
         if budget.max_density is not None or budget.max_latency is not None:
             request = Request(
@@ -214,6 +190,7 @@ def _search_memory(
                 missed = "; ".join(outcome.attempts[-1].misses)
             else:
                 prefill = to_plan(loaded, outcome, work, held_out, request.budget)
+                numbers = figures(outcome.plan)
         if not missed:
             memory = remember(
                 loaded,
@@ -228,8 +205,11 @@ def _search_memory(
                 progress=progress,
             )
             missed = "; ".join(memory.misses)
+            if not missed:
+                found = with_memory(loaded, memory, work, held_out, budget, prefill)
+                numbers["kv_bytes"] = float(memory.best.held[0])
+                keep(store, memory.search, found, out, numbers)
     if not missed:
-        with_memory(loaded, memory, work, held_out, budget, prefill).save(out)
         if json_:
             print_json(
                 {

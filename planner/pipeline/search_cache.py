@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnplan.costs.decode import MIXTURES, decode_costs, dense_token_ms
+from attnplan.costs.prefill import this_device
 from attnplan.kernels import cache_catalog, catalog
 from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
 from attnplan.kernels.kv_cache.layer_cache import capacity, row_bytes
@@ -103,6 +104,7 @@ class Memory:
             the best of every kind.
         fitted: layer to fitted data.
         run: id of the profile run.
+        search: id in the store.
         misses: what the best breaks; empty when it is feasible.
     """
 
@@ -110,6 +112,7 @@ class Memory:
     uniform: Remembered | None
     fitted: dict[int, dict[str, Tensor]]
     run: int
+    search: int
     misses: tuple[str, ...]
 
 
@@ -358,6 +361,9 @@ def remember(
     scores = search.scores().mean(0)
     recalling = search.recall_scores()
     within, problem = search.within(budget, limit, scores)
+    name = f"attnplan-memory-{run.id}-{limit:g}-{seed}"
+    device = this_device(loaded.model.device)
+    kept = store.open_search(records.SearchKey(run.id, device, budget.canonical(), seed), name)
     calibration = Continuation(Reference(loaded.model, work.tokens.tokens))
     reference = Continuation(Reference(loaded.model, holdout.tokens))
     probes = retrieval(loaded.model, loaded.tokenizer, holdout.tokens[:PROBED], seed=seed)
@@ -371,7 +377,6 @@ def remember(
         weighed = scores
         if recalling is not None:
             weighed = scores + RECALLING * 5**attempt * recalling
-        name = f"attnplan-memory-{run.id}-{limit:g}-{seed}"
         assignment = _searched(
             search, search.problem(weighed), within, evaluate, trials, database, name, seed
         )
@@ -401,7 +406,12 @@ def remember(
         for a in _uniform_of_every_kind(search, fits, problem)
     ]
     other = min(uniform, key=lambda one: one.continuation_kl, default=None)
-    return Memory(best, other, search.fitted, run.id, misses)
+    store.finish_search(
+        kept.id,
+        "infeasible" if misses else "complete",
+        {"misses": list(misses), "held": list(best.held), "continuation_kl": best.continuation_kl},
+    )
+    return Memory(best, other, search.fitted, run.id, kept.id, misses)
 
 
 def _searched(
