@@ -616,7 +616,7 @@ def test_lengths_that_cannot_be_measured_are_refused_before_any_work(
     for work in (
         "profiling.profiling.captured_text",
         "pipeline.assess.Reference",
-        "pipeline.search_prefill.Reference",
+        "pipeline.measured.Reference",
     ):
         monkeypatch.setattr(f"attnplan.{work}", lambda *_: pytest.fail("work was done"))
     before = {path.name for path in folder.iterdir()}

@@ -137,7 +137,7 @@ CERTAIN = COMMANDS.keys() - {"search", "demo"}
 def test_commands_change_nothing_but_what_was_named(
     folder: Path, run: Run, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "DEMO", "model")
+    monkeypatch.setattr("attnplan.cli.demo.DEMO", "model")
     command, written = COMMANDS[name]
     before = contents(folder)
     assert run(command) in ((0,) if name in CERTAIN else (0, 1))

@@ -21,16 +21,10 @@ from attnplan.kernels.contracts.approximation import Approximation
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.kernels.selectors.window import Window
 from attnplan.models.load import LoadedModel, load_model
+from attnplan.pipeline.learnt import Corrections
+from attnplan.pipeline.request import Choice, Outcome, Request
 from attnplan.pipeline.score_methods import promising, score, scout
-from attnplan.pipeline.search_prefill import (
-    Choice,
-    Corrections,
-    Outcome,
-    Request,
-    gated,
-    never_slower,
-    plan,
-)
+from attnplan.pipeline.search_prefill import gated, never_slower, plan
 from attnplan.pipeline.to_plan import figures, to_plan
 from attnplan.pipeline.verify import Measured, crossover, density, fast, misses, running, unjudged
 from attnplan.plan.plan import Plan

@@ -14,8 +14,9 @@ from attnplan.costs.prefill import candidate_name, spell, timings
 from attnplan.kernels import catalog
 from attnplan.kernels.operands.shape import AttentionShape
 from attnplan.models.load import LoadedModel
+from attnplan.pipeline.progress import Progress, Quiet
 from attnplan.pipeline.score_methods import ScoreTable
-from attnplan.pipeline.search_prefill import Progress, Quiet, prepare
+from attnplan.pipeline.search_prefill import prepare
 from attnplan.profiles.capture.capture_files import CaptureFiles
 from attnplan.profiles.records import records
 from attnplan.profiles.records.digest import digest

@@ -73,8 +73,8 @@ def search(
 ) -> None:
     """Find the best plan within a budget, prove it by measurement, and write it."""
     from attnplan.costs.target import check_target
+    from attnplan.pipeline.request import Request
     from attnplan.pipeline.search_cache import check_room
-    from attnplan.pipeline.search_prefill import Request
     from attnplan.pipeline.search_prefill import plan as run_plan
     from attnplan.pipeline.to_plan import figures, keep, to_plan
     from attnplan.plan.output import check_plan, data_file
@@ -165,8 +165,8 @@ def _search_memory(
     """What is kept while decoding; and before it prefill, where other costs are limited too."""
     from dataclasses import replace
 
+    from attnplan.pipeline.request import Request
     from attnplan.pipeline.search_cache import remember
-    from attnplan.pipeline.search_prefill import Request
     from attnplan.pipeline.search_prefill import plan as run_plan
     from attnplan.pipeline.to_plan import figures, keep, memory_figures, to_plan, with_memory
     from attnplan.profiles.store.database import Store

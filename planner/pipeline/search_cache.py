@@ -22,8 +22,9 @@ from attnplan.kernels import cache_catalog, catalog
 from attnplan.kernels.contracts.cache_policy import SLACK, Keeper
 from attnplan.kernels.kv_cache.layer_cache import capacity, row_bytes
 from attnplan.models.load import LoadedModel
+from attnplan.pipeline.progress import Progress, Quiet
 from attnplan.pipeline.score_policies import candidates_for, score_layer
-from attnplan.pipeline.search_prefill import Progress, Quiet
+from attnplan.pipeline.study import study
 from attnplan.plan.plan import ModelIdentity
 from attnplan.profiles.capture.capture import capture
 from attnplan.profiles.capture.capture_files import CaptureFiles
@@ -46,8 +47,7 @@ from attnplan.search.budget import Budget, BudgetError, Limit
 from attnplan.search.latency import LatencyModel
 from attnplan.search.problem import Assignment, Problem
 from attnplan.search.problem import digest as assignment_digest
-from attnplan.search.solve import front, limits_of, meets, solve
-from attnplan.search.study import run_study
+from attnplan.search.solve import limits_of, meets, solve
 
 ATTEMPTS = 3
 """Plans that are verified until one holds; each counts retrieval five times as much as the last."""
@@ -428,24 +428,17 @@ def _searched(
     answer = solve(problem, within).assignment
     if trials == 0:
         return answer
-    search.progress.stage("Searching", trials)
-    limits = limits_of(problem, within)
-    resource = "kv_share" if within.max_memory is not None else "latency_ms"
-    others = [s.assignment for s in front(problem, resource, points=16)]
-    others = [a for a in others if meets(problem.predict(a), limits)]
-    result = run_study(
+    result = study(
         problem,
         within,
         evaluate,
+        resource="kv_share" if within.max_memory is not None else "latency_ms",
         steps=search.work.texts,
         trials=trials,
-        storage_url=database,
-        study_name=f"{name}-{assignment_digest(answer)[:12]}",
+        database=database,
+        name=f"{name}-{assignment_digest(answer)[:12]}",
         seed=seed,
-        warm_start=[answer, *others[:1]],
-        progress=lambda done, total, kl: search.progress.advance(
-            "" if kl is None else f"best KL {kl:.4f}"
-        ),
+        progress=search.progress,
     )
     return result.best.assignment
 

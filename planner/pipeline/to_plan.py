@@ -12,8 +12,8 @@ from attnplan.costs.prefill import this_device
 from attnplan.kernels import cache_catalog
 from attnplan.kernels.digest import decode_digest
 from attnplan.models.load import LoadedModel
+from attnplan.pipeline.request import Choice, Outcome
 from attnplan.pipeline.search_cache import Memory, Remembered
-from attnplan.pipeline.search_prefill import Choice, Outcome
 from attnplan.plan.plan import DecodeSection, Plan, Target
 from attnplan.profiles.records import records
 from attnplan.profiles.records.digest import digest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attnplan.pipeline.request import Choice, Outcome
 from attnplan.pipeline.search_cache import Memory, Remembered
-from attnplan.pipeline.search_prefill import Choice, Outcome
 from attnplan.pipeline.verify import unjudged
 from attnplan.quality.retrieval import SHORT
 
