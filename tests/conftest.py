@@ -1,8 +1,13 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter, on the CPU."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, on the CPU.
+
+Workers of pytest-xdist compute with one thread each: with more they would wait for one another.
+"""
 
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's matmul of one tile: 19 ms with 2
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import pytest
 import torch
