@@ -226,6 +226,20 @@ def test_importing_the_package_is_light(command: str) -> None:
     assert not {"torch", "transformers", "optuna", "sqlalchemy", "sklearn"} & set(found)
 
 
+def test_help_comes_without_what_commands_need() -> None:
+    code = (
+        "import sys; sys.argv = ['attnplan', '--help']\n"
+        "from attnplan.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: print(*sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0 and "search" in found.stdout, found.stderr
+    loaded = set(found.stdout.split())
+    assert "attnplan.cli.app" in loaded
+    assert not {"torch", "numpy", "sqlalchemy", "alembic", "rich.progress"} & loaded
+
+
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     import attnplan
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attnplan.cli.console import ERRORS, Stages, leave, print_table, quiet_libraries
+from attnplan.cli.console import Stages, errors, leave, print_table, quiet_libraries
 from attnplan.cli.inputs import check_apart, workload
 from attnplan.cli.options import (
     CAPTURES,
@@ -115,7 +115,7 @@ def bench(
         check_apart(db, {"--export": export})
     with Store(db) as store:
         if import_ is not None:
-            ERRORS.print(f"{import_timings(store, import_)} timings read from {import_}")
+            errors().print(f"{import_timings(store, import_)} timings read from {import_}")
         if model is not None:
             if decode and methods is not None:
                 raise ValueError("--methods are those of the prefill, which --decode does not time")
@@ -126,7 +126,7 @@ def bench(
                 )
                 measure(loaded, work, store, repeats)
         if export is not None:
-            ERRORS.print(f"{export_timings(store, export)} timings written to {export}")
+            errors().print(f"{export_timings(store, export)} timings written to {export}")
 
 
 def _bench(loaded: Any, work: Any, store: Any, repeats: int, methods: str | None) -> None:

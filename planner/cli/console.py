@@ -5,30 +5,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
-ERRORS = Console(stderr=True, highlight=False)
-"""Progress and messages; standard output is for results alone."""
+STORE = "attnplan.profiles.store.database"
+
+
+@cache
+def errors() -> Console:
+    """Progress and messages; standard output is for results alone."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
 
 
 class Stages:
     """Progress of a command, stage by stage, on standard error."""
 
     def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -38,7 +47,7 @@ class Stages:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}"),
-            console=ERRORS,
+            console=errors(),
         )
         self._task: TaskID | None = None
         self._name = ""
@@ -57,14 +66,14 @@ class Stages:
             self._finish()
         self._bars.stop()
         if kind is KeyboardInterrupt:
-            ERRORS.print("interrupted; the same command goes on where this one stopped")
+            errors().print("interrupted; the same command goes on where this one stopped")
 
     def stage(self, name: str, total: int | None) -> None:
         self._finish()
         self._name = name
         self._task = self._bars.add_task(name, total=total, detail="")
-        if not ERRORS.is_terminal:
-            ERRORS.print(name)
+        if not errors().is_terminal:
+            errors().print(name)
 
     def advance(self, detail: str = "") -> None:
         if self._task is not None:
@@ -79,6 +88,9 @@ class Stages:
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title or None, title_justify="left")
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
     for header, right in zip(headers, numeric, strict=True):
@@ -99,23 +111,33 @@ def one_sentence() -> Iterator[None]:
 
     Exit codes: 1 a budget that cannot be met, 2 bad input.
     """
-    from attnplan.profiles.store.database import DatabaseError
-    from attnplan.search.budget import BudgetError
-
     try:
         yield
-    except BudgetError as error:
-        leave(str(error), 1)
-    except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        leave(f"{error.filename}: {error.strerror}" if named else str(error), 2)
-    except (ValueError, DatabaseError) as error:
-        leave(str(error), 2)
+    except Exception as error:
+        code = _code(error)
+        if code is None:
+            raise
+        named = isinstance(error, OSError) and None not in (error.filename, error.strerror)
+        leave(f"{error.filename}: {error.strerror}" if named else str(error), code)  # type: ignore[attr-defined]
+
+
+def _code(error: Exception) -> int | None:
+    """The exit code of an expected error; None for one that is not.
+
+    What was never imported has raised nothing: help comes without the store and its libraries.
+    """
+    budget, store = map(sys.modules.get, ("attnplan.search.budget", STORE))
+    if budget is not None and isinstance(error, budget.BudgetError):
+        return 1
+    expected = (
+        (ValueError, OSError) if store is None else (ValueError, OSError, store.DatabaseError)
+    )
+    return 2 if isinstance(error, expected) else None
 
 
 def leave(message: str, code: int) -> None:
     """Say why on standard error, and exit."""
-    ERRORS.print(f"attnplan: {message}", style="red", soft_wrap=True, markup=False)
+    errors().print(f"attnplan: {message}", style="red", soft_wrap=True, markup=False)
     raise SystemExit(code)
 
 
