@@ -719,9 +719,13 @@ def test_show_needs_a_layer_and_a_head_that_exist(run: Run, folder: Path, profil
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The command as a process of its own."""
+    """The command as a process of its own, which Ctrl-C stops even where it does not stop ours."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import runpy; runpy.run_module('attnplan', run_name='__main__', alter_sys=True)"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "attnplan", *map(str, arguments)],
+        [sys.executable, "-c", code, *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
