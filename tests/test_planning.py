@@ -24,7 +24,7 @@ from attnplan.models.load import LoadedModel, load_model
 from attnplan.pipeline.learnt import Corrections
 from attnplan.pipeline.request import Choice, Outcome, Request
 from attnplan.pipeline.score_methods import promising, score, scout
-from attnplan.pipeline.search_prefill import gated, never_slower, plan
+from attnplan.pipeline.search_prefill import best_of, gated, never_slower, plan
 from attnplan.pipeline.to_plan import figures, to_plan
 from attnplan.pipeline.verify import Measured, crossover, density, fast, misses, running, unjudged
 from attnplan.plan.plan import Plan
@@ -232,6 +232,20 @@ def test_a_search_may_be_held_to_some_methods() -> None:
     asked = Request(Budget(max_density=0.5))
     assert asked.canonical == asked.budget.canonical()
     assert replace(asked, methods=frozenset({"b", "a"})).canonical["methods"] == ["a", "b"]
+
+
+def test_a_plan_that_loses_to_its_own_baseline_is_not_the_answer() -> None:
+    own, layered = choice(measured(kl=0.12)), choice(measured(kl=0.01), "per layer")
+    uniform = choice(measured(kl=0.001, slow=True), "uniform")  # never faster than dense
+    budget = Budget(max_density=0.5)
+    assert best_of(own, [uniform, layered], budget) is layered
+    assert best_of(own, [uniform, replace(layered, misses=("slow",))], budget) is own
+    assert best_of(None, [layered], budget) is layered and best_of(None, [], budget) is None
+    better = choice(measured(kl=0.005))
+    assert best_of(better, [uniform, layered], budget) is better
+    fast = choice(measured(kl=0.01, speedup=2.0), "per layer")
+    least = Budget(max_kl=0.1, minimize="latency")
+    assert best_of(better, [fast], least) is fast and best_of(better, [layered], least) is better
 
 
 def test_a_candidate_is_hopeless_beside_a_cheaper_and_better_one() -> None:

@@ -215,11 +215,17 @@ class Planner:
         )
 
 
-def verified(planner: Planner, name: str, assignment: Assignment, problem: Problem) -> Choice:
-    """Verify an assignment against the budget."""
+def verified(
+    planner: Planner,
+    name: str,
+    assignment: Assignment,
+    problem: Problem,
+    *,
+    lengths: bool = False,
+) -> Choice:
+    """Verify an assignment against the budget; with `lengths`, time it at shorter ones too."""
     predicted = problem.predict(assignment)
-    lengths = name == "per head" and planner.costs.is_here
-    measured = planner.measure(assignment, lengths=lengths)
+    measured = planner.measure(assignment, lengths=lengths and planner.costs.is_here)
     dense_ms = problem.predict(problem.dense).latency_ms
     return Choice(
         name=name,

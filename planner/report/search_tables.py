@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnplan.pipeline.request import Choice, Outcome
 from attnplan.pipeline.search_cache import Memory, Remembered
@@ -51,13 +51,17 @@ class Row:
 
 
 def comparison(outcome: Outcome) -> list[Row]:
-    """Dense, the baselines, and the per-head plan (or the last one that was tried)."""
-    last = outcome.plan or outcome.attempts[-1]
+    """Dense, the baselines, and the last per-head plan; says where a baseline is the plan."""
+    last = outcome.attempts[-1]
     dense = Row("dense", 1.0, 0.0, 1.0, 1.0, last.measured.induction_dense, 0.0, 1.0)
     order = {"uniform": 0, "per layer": 1}
     others = sorted(outcome.baselines, key=lambda choice: order[choice.name])
     rows = [dense, *(_row(choice, f"best {choice.name}") for choice in others)]
-    return [*rows, _row(last, "per head")]
+    own = _row(last, "per head")
+    if outcome.plan is not None and outcome.plan.name != last.name:
+        told = f"the best {outcome.plan.name} plan does better, and is the plan"
+        own = replace(own, note="; ".join(filter(None, (own.note, told))))
+    return [*rows, own]
 
 
 def _row(choice: Choice, name: str) -> Row:
